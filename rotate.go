@@ -1,0 +1,384 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
+	"github.com/hashicorp/vault/sdk/logical"
+	"github.com/hashicorp/vault/sdk/rotation"
+)
+
+// Who rotates on schedule.
+const (
+	managerVault  = "vault"  // Vault's rotation manager (Enterprise), through rotateCredential
+	managerPlugin = "plugin" // periodic, where Vault has no rotation manager
+	managerNone   = "none"
+)
+
+const (
+	periodicTimeout = 30 * time.Second // of one tick: Vault's state lock is held meanwhile
+	proofTimeout    = 20 * time.Second // until a new admin key must be accepted by OpenAI
+	drainTimeout    = 20 * time.Second // for calls on the old key to end before it is deleted
+	minRotateRetry  = time.Minute      // after a scheduled rotation failed, doubling
+	maxRotateRetry  = time.Hour
+)
+
+// errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
+var errKeyID = errors.New("admin_api_key_id is required")
+
+// adminKeyID proves the client's key and returns its id: the configured one, if that is
+// the id of this very key, else the only one whose redacted value fits.
+func (c *client) adminKeyID(ctx context.Context) (string, error) {
+	fits := func(k adminKey) bool { return k.fits(c.config.AdminAPIKey) }
+	if id := c.config.AdminAPIKeyID; id != "" {
+		k, err := c.getAdminKey(ctx, id)
+		if err != nil {
+			return "", err
+		}
+		if !fits(*k) {
+			return "", fmt.Errorf("%w: %q is the id of another key, which a rotation would delete", errKeyID, id)
+		}
+		return id, nil
+	}
+	ids, err := c.adminKeysWhere(ctx, fits)
+	if err != nil {
+		return "", err
+	}
+	if len(ids) != 1 {
+		return "", fmt.Errorf("%w: %d of the organization's keys fit admin_api_key", errKeyID, len(ids))
+	}
+	return ids[0], nil
+}
+
+// updateRotation sets the rotation fields that d names. Its error is the caller's.
+func (cfg *config) updateRotation(d *framework.FieldData) error {
+	// The helper takes the window only together with the schedule; a schedule that is
+	// already stored will do.
+	if _, named := d.Raw["rotation_window"]; named && cfg.RotationSchedule != "" {
+		if _, named := d.Raw["rotation_schedule"]; !named {
+			d.Raw["rotation_schedule"] = cfg.RotationSchedule
+		}
+	}
+	if err := cfg.ParseAutomatedRotationFields(d); err != nil {
+		return err
+	}
+	if cfg.RotationSchedule == "" {
+		cfg.RotationWindow = 0
+	}
+	switch {
+	case cfg.RotationPeriod != 0 && cfg.RotationSchedule != "":
+		return errors.New("rotation_period and rotation_schedule exclude each other: clear one with rotation_period=0 or rotation_schedule=\"\"")
+	case cfg.RotationWindow != 0:
+		return rotation.DefaultScheduler.ValidateRotationWindow(int(cfg.RotationWindow.Seconds()))
+	}
+	return nil
+}
+
+// registerRotation arranges who rotates cfg's key on schedule and returns the manager.
+func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, cfg *config) (string, error) {
+	if cfg.ShouldDeregisterRotationJob() {
+		if was.RotationManager == managerVault || was.RotationManager == "" && was.HasNonzeroRotationValues() {
+			err := b.System().DeregisterRotationJob(ctx, &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath})
+			if err != nil && !noRotationManager(err) {
+				return "", fmt.Errorf("deregistering rotation job: %w", err)
+			}
+		}
+		return managerNone, nil
+	}
+	_, err := b.System().RegisterRotationJob(ctx, &rotation.RotationJobConfigureRequest{
+		Name:             "openai-admin-api-key",
+		MountPoint:       mountPoint,
+		ReqPath:          configPath,
+		RotationSchedule: cfg.RotationSchedule,
+		RotationWindow:   cfg.RotationWindow,
+		RotationPeriod:   cfg.RotationPeriod,
+		RotationPolicy:   cfg.RotationPolicy,
+	})
+	if noRotationManager(err) {
+		return managerPlugin, nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("registering rotation job: %w", err)
+	}
+	return managerVault, nil
+}
+
+// noRotationManager tells whether err says that this Vault has no rotation manager. The
+// error comes over gRPC, which keeps its text only.
+func noRotationManager(err error) bool {
+	return err != nil && (strings.Contains(err.Error(), automatedrotationutil.ErrRotationManagerUnsupported.Error()) ||
+		strings.Contains(err.Error(), "Unimplemented"))
+}
+
+// manager returns who rotates on schedule.
+func (cfg *config) manager() string {
+	if cfg.RotationManager == "" {
+		return managerNone
+	}
+	return cfg.RotationManager
+}
+
+// nextRotation returns when the key is due: a time that has passed when it is overdue,
+// zero for never. With a window, times whose window had closed before now are left out.
+func (cfg *config) nextRotation(now time.Time) time.Time {
+	if cfg.DisableAutomatedRotation || !cfg.HasNonzeroRotationValues() {
+		return time.Time{}
+	}
+	last := cfg.LastRotatedTime
+	schedule := &rotation.RotationSchedule{RotationSchedule: cfg.RotationSchedule, RotationPeriod: cfg.RotationPeriod}
+	if cfg.RotationSchedule != "" {
+		var err error
+		if schedule.Schedule, err = rotation.DefaultScheduler.Parse(cfg.RotationSchedule); err != nil {
+			return time.Time{} // refused when it is written
+		}
+		if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
+			last = opened
+		}
+	}
+	return rotation.DefaultScheduler.NextRotationTimeFromInput(schedule, last.UTC())
+}
+
+func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+	b.configMu.Lock()
+	defer b.configMu.Unlock()
+	cfg, err := b.rotate(ctx, req.Storage, "manual")
+	if err != nil {
+		return answerError("rotating the admin API key", err)
+	}
+	resp := &logical.Response{Data: map[string]any{
+		"admin_api_key_id": cfg.AdminAPIKeyID,
+		"rotated_time":     formatTime(cfg.LastRotatedTime),
+	}}
+	if len(cfg.PendingDeletion) > 0 {
+		resp.AddWarning("the new key is in use, but these old ones could not be deleted yet and will be later: " +
+			strings.Join(cfg.PendingDeletion, ", "))
+	}
+	return resp, nil
+}
+
+// rotateCredential is called by Vault's rotation manager.
+func (b *backend) rotateCredential(ctx context.Context, req *logical.Request) error {
+	b.configMu.Lock()
+	defer b.configMu.Unlock()
+	_, err := b.rotate(ctx, req.Storage, managerVault)
+	return err
+}
+
+// rotate replaces the admin key and returns the new config. The caller holds configMu.
+// What a fault or a crash leaves, by the step that came last:
+//
+//	write-ahead-log entry  nothing, or a new key that nobody has: rollback deletes it
+//	new key made, proved   likewise
+//	config stored          both keys work; the entry's key is in config, so rollback keeps it
+//	entry deleted          both keys work; the old one's id is in PendingDeletion
+//	old key deleted        its id is still in PendingDeletion: deleting it again is no error
+//
+// So config holds a working key at any moment.
+func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string) (cfg *config, err error) {
+	defer func() {
+		if err != nil {
+			b.Logger().Error("rotating the admin API key failed; the present one stays in use", "trigger", trigger, "error", err)
+			return
+		}
+		b.Logger().Info("admin API key rotated", "trigger", trigger, "admin_api_key_id", cfg.AdminAPIKeyID, "pending_deletion", cfg.PendingDeletion)
+	}()
+	if cfg, err = getConfig(ctx, s); err != nil {
+		return nil, err
+	}
+	if cfg == nil {
+		return nil, errNotConfigured
+	}
+	current := newClient(cfg, b.transport, b.throttle)
+	oldID, err := current.adminKeyID(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("checking the present key: %w", err)
+	}
+
+	suffix, err := randomText(20)
+	if err != nil {
+		return nil, err
+	}
+	name := "vault-admin-" + suffix
+	walID, err := framework.PutWAL(ctx, s, walAdminKey, walKey{Name: name})
+	if err != nil {
+		return nil, fmt.Errorf("writing write-ahead log: %w", err)
+	}
+	key, err := current.createAdminKey(ctx, name)
+	if err != nil {
+		if notDone(err) {
+			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
+		}
+		return nil, fmt.Errorf("creating admin API key: %w", err)
+	}
+
+	cfg.AdminAPIKey, cfg.AdminAPIKeyID = key.Value, key.ID
+	cfg.LastRotatedTime = time.Now()
+	next := newClient(cfg, b.transport, b.throttle)
+	if err := next.awaitKey(ctx); err != nil {
+		if current.deleteAdminKey(ctx, key.ID) == nil {
+			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
+		}
+		return nil, fmt.Errorf("proving the new admin API key: %w", err)
+	}
+	cfg.PendingDeletion = append(cfg.PendingDeletion, oldID)
+	// Whether a failed write was stored is not known: the new key stays, for rollback to
+	// delete unless config turns out to hold it.
+	if err := putConfig(ctx, s, cfg); err != nil {
+		b.setClient(nil)
+		return nil, err
+	}
+	previous := b.setClient(next)
+	if err := framework.DeleteWAL(ctx, s, walID); err != nil {
+		b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", err)
+	}
+
+	b.retryRotation, b.rotationFailures = time.Time{}, 0
+	if previous != nil && !previous.drained(ctx) {
+		b.Logger().Warn("calls still use the old admin API key, it will be deleted later", "admin_api_key_id", oldID)
+		return cfg, nil
+	}
+	b.deletePending(ctx, s, cfg, next)
+	return cfg, nil
+}
+
+// awaitKey waits until OpenAI accepts the client's own key.
+func (c *client) awaitKey(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
+	defer cancel()
+	for wait := 100 * time.Millisecond; ; wait *= 2 {
+		_, err := c.getAdminKey(ctx, c.config.AdminAPIKeyID)
+		if !isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound) {
+			return err
+		}
+		if sleep(ctx, wait) != nil {
+			return err
+		}
+	}
+}
+
+// drained waits until nobody uses the client any more; false when that takes too long.
+func (c *client) drained(ctx context.Context) bool {
+	done := make(chan struct{})
+	go func() {
+		c.inflight.Wait()
+		close(done)
+	}()
+	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
+	defer cancel()
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// deletePending deletes the replaced admin keys that OpenAI still has and takes them off
+// cfg's list. What fails stays on it for the next time. The caller holds configMu.
+func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *config, c *client) {
+	var left []string
+	for _, id := range cfg.PendingDeletion {
+		if id == cfg.AdminAPIKeyID {
+			continue // an operator has put it to use again
+		}
+		if err := c.deleteAdminKey(ctx, id); err != nil {
+			b.Logger().Warn("deleting a replaced admin API key failed, will be tried again", "admin_api_key_id", id, "error", err)
+			left = append(left, id)
+		}
+	}
+	if len(left) == len(cfg.PendingDeletion) {
+		return
+	}
+	cfg.PendingDeletion = left
+	if err := putConfig(ctx, s, cfg); err != nil {
+		b.Logger().Warn("replaced admin API keys are deleted, but config still lists them", "error", err)
+	}
+}
+
+// rollbackAdminKey deletes the admin key of a rotation that did not get as far as config.
+func (b *backend) rollbackAdminKey(ctx context.Context, s logical.Storage, w walKey) error {
+	if !b.configMu.TryLock() {
+		return errors.New("config is being changed")
+	}
+	defer b.configMu.Unlock()
+	cfg, err := getConfig(ctx, s)
+	if err != nil {
+		return err
+	}
+	if cfg == nil {
+		return errNotConfigured
+	}
+	return b.useClient(ctx, s, func(c *client) error {
+		ids, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return k.Name == w.Name })
+		if err != nil {
+			return fmt.Errorf("looking for admin API key %q: %w", w.Name, err)
+		}
+		for _, id := range ids {
+			if id == cfg.AdminAPIKeyID || slices.Contains(cfg.PendingDeletion, id) {
+				continue
+			}
+			if err := c.deleteAdminKey(ctx, id); err != nil {
+				return fmt.Errorf("deleting admin API key %q: %w", id, err)
+			}
+			b.Logger().Info("rolled back an admin API key that was never put to use", "admin_api_key_id", id)
+		}
+		return nil
+	})
+}
+
+// periodic is called by Vault about every minute, on every node. Its work is bounded
+// and its errors are only logged: Vault would drop them.
+func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
+	if !b.WriteSafeReplicationState() || !b.configMu.TryLock() {
+		return nil
+	}
+	defer b.configMu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, periodicTimeout)
+	defer cancel()
+	cfg, err := getConfig(ctx, req.Storage)
+	if err != nil {
+		b.Logger().Error("periodic work failed", "error", err)
+		return nil
+	}
+	if cfg == nil {
+		return nil
+	}
+	if len(cfg.PendingDeletion) > 0 {
+		b.deletePending(ctx, req.Storage, cfg, newClient(cfg, b.transport, b.throttle))
+	}
+	if cfg.RotationManager == "" { // the older plugin's config
+		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
+			err = putConfig(ctx, req.Storage, cfg)
+		}
+		if err != nil {
+			b.Logger().Error("taking over the older plugin's rotation settings failed", "error", err)
+			return nil
+		}
+	}
+	b.rotateWhenDue(ctx, req.Storage, cfg)
+	return nil
+}
+
+// rotateWhenDue rotates where the plugin does so by itself. The caller holds configMu.
+func (b *backend) rotateWhenDue(ctx context.Context, s logical.Storage, cfg *config) {
+	now := time.Now()
+	next := cfg.nextRotation(now)
+	if cfg.RotationManager != managerPlugin || next.IsZero() || now.Before(next) || now.Before(b.retryRotation) {
+		return
+	}
+	if _, err := b.rotate(ctx, s, managerPlugin); err != nil {
+		wait := min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry)
+		b.rotationFailures++
+		b.retryRotation = now.Add(wait)
+	}
+}
