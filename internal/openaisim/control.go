@@ -1,0 +1,522 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
+package openaisim
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Fault is what befalls API calls that match. A call meets at most one fault: the first
+// one in the queue that matches and does not let it pass.
+type Fault struct {
+	Method string `json:"method"` // empty: any
+	Path   string `json:"path"`   // regular expression, matched against the escaped path below /v1; empty: any
+	Skip   int    `json:"skip"`   // so many matching calls pass first
+	Times  int    `json:"times"`  // so many calls are hit; 0: one; below 0: all, for ever
+
+	Status int         `json:"status"` // answered instead of processing the call; 0: 500
+	Header http.Header `json:"header"`
+	Body   string      `json:"body"` // empty: an error in OpenAI's form
+
+	Process bool `json:"process"` // the call is processed first, and its answer is lost
+
+	// Kind is empty for an answer as above, or
+	//	close      the connection is closed without an answer
+	//	hang       no answer ever; the call ends when the client leaves
+	//	malformed  200 with a body that is cut in the middle
+	//	oversized  200 with a body of more than 1 MiB, in valid JSON
+	//	redirect   307 to RedirectHost
+	//	refuse     the connection is refused, so that nothing can be processed; over HTTP, closed
+	Kind string `json:"kind"`
+
+	path *regexp.Regexp
+}
+
+// RedirectHost is where the fault redirect points. Transport can't reach it, but records
+// the attempt in Calls.
+const RedirectHost = "redirect.invalid"
+
+// Call is an API call that reached the server, in the order of arrival.
+type Call struct {
+	Method    string    `json:"method"`
+	Path      string    `json:"path"`   // escaped, below /v1, without the query
+	Host      string    `json:"host"`   // as the client named it
+	Status    int       `json:"status"` // 0: no answer, as after a connection fault, or not yet
+	KeyID     string    `json:"key_id"` // of the key that the call carried, even if it is dead; empty: unknown
+	RequestID string    `json:"request_id"`
+	Time      time.Time `json:"time"`      // of arrival
+	Processed bool      `json:"processed"` // the call was carried out with success, whatever was answered
+}
+
+// Inject adds a fault to the queue. It panics when Path or Kind is invalid.
+func (s *Server) Inject(f Fault) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.inject(f); err != nil {
+		panic("openaisim: " + err.Error())
+	}
+}
+
+func (s *Server) inject(f Fault) (err error) {
+	if f.path, err = regexp.Compile(f.Path); err != nil {
+		return err
+	}
+	if !slices.Contains([]string{"", "close", "hang", "malformed", "oversized", "redirect", "refuse"}, f.Kind) {
+		return fmt.Errorf("unknown kind of fault %q", f.Kind)
+	}
+	if f.Times == 0 {
+		f.Times = 1
+	}
+	s.faults = append(s.faults, &f)
+	return nil
+}
+
+// ClearFaults empties the queue of faults.
+func (s *Server) ClearFaults() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faults = nil
+}
+
+// SetLatency makes each API call take d: half of it before the call is processed, half
+// of it after. A client that leaves in the first half has done nothing.
+func (s *Server) SetLatency(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.latency = d
+}
+
+// SetRateLimit sets a token bucket for the calls with a valid key. A call over it is
+// answered 429 with the time until the next token, in Retry-After and Retry-After-Ms.
+// perSecond 0: no limit.
+func (s *Server) SetRateLimit(perSecond float64, burst int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rate, s.burst, s.tokens, s.filled = perSecond, float64(burst), float64(burst), s.now()
+}
+
+// Calls returns the calls of the API since the start or the last ResetCalls.
+func (s *Server) Calls() []Call {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.callLog()
+}
+
+func (s *Server) callLog() []Call {
+	calls := []Call{}
+	for _, c := range s.calls {
+		calls = append(calls, *c)
+	}
+	return calls
+}
+
+// ResetCalls forgets the calls so far.
+func (s *Server) ResetCalls() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.calls = nil
+}
+
+// incoming is an HTTP request.
+type incoming struct {
+	method, host string
+	path, query  string // path is escaped
+	header       http.Header
+	body         []byte
+}
+
+// answer is an HTTP answer.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// errClosed and errRefused stand for connection faults.
+var (
+	errClosed  = errors.New("connection closed")
+	errRefused = errors.New("connection refused")
+)
+
+// maxBody is how many bytes of a request body are accepted.
+const maxBody = 1 << 20
+
+func readRequest(r *http.Request) (*incoming, error) {
+	in := &incoming{method: r.Method, host: r.Host, path: r.URL.EscapedPath(), query: r.URL.RawQuery, header: r.Header}
+	if in.host == "" {
+		in.host = r.URL.Host
+	}
+	if in.method == "" {
+		in.method = http.MethodGet
+	}
+	if r.Body == nil {
+		return in, nil
+	}
+	defer r.Body.Close()
+	var err error
+	in.body, err = io.ReadAll(io.LimitReader(r.Body, maxBody+1))
+	return in, err
+}
+
+// ServeHTTP serves the API below /v1 and the control API below /_sim.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	in, err := readRequest(r)
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	a, err := s.exchange(r.Context(), in)
+	if err != nil {
+		panic(http.ErrAbortHandler) // closes the connection
+	}
+	for name, values := range a.header {
+		w.Header()[name] = values
+	}
+	w.WriteHeader(a.status)
+	w.Write(a.body) // fails only when the client has left
+}
+
+// Transport returns the server as a transport that needs no network: for any host but
+// RedirectHost, and also inside a testing/synctest bubble.
+func (s *Server) Transport() http.RoundTripper { return transport{s} }
+
+type transport struct{ s *Server }
+
+func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx := req.Context()
+	in, err := readRequest(req)
+	if err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	a, err := t.s.exchange(ctx, in)
+	addr := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 443}
+	switch {
+	case errors.Is(err, errRefused):
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Addr: addr, Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
+	case errors.Is(err, errClosed):
+		return nil, &net.OpError{Op: "read", Net: "tcp", Addr: addr, Err: os.NewSyscallError("read", syscall.ECONNRESET)}
+	case err != nil:
+		return nil, err
+	}
+	return &http.Response{
+		Status: fmt.Sprintf("%d %s", a.status, http.StatusText(a.status)), StatusCode: a.status,
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+		Header: a.header, Body: io.NopCloser(bytes.NewReader(a.body)), ContentLength: int64(len(a.body)),
+		Request: req,
+	}, nil
+}
+
+// exchange answers a request. Its errors are errClosed, errRefused and ctx's.
+func (s *Server) exchange(ctx context.Context, in *incoming) (*answer, error) {
+	if strings.HasPrefix(in.path, "/_sim/") {
+		return s.control(in), nil
+	}
+	call, fault, latency := s.arrive(in)
+	if in.host == RedirectHost || fault != nil && fault.Kind == "refuse" {
+		return nil, errRefused
+	}
+	if err := wait(ctx, latency/2); err != nil {
+		return nil, err
+	}
+	var a *answer
+	if fault == nil || fault.Process {
+		a = s.carryOut(in, call)
+	}
+	if fault != nil {
+		switch fault.Kind {
+		case "close":
+			return nil, errClosed
+		case "hang":
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		}
+		a = fault.answer(in)
+	}
+	if err := wait(ctx, latency-latency/2); err != nil {
+		return nil, err
+	}
+	a.header.Set("X-Request-Id", call.RequestID)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	call.Status = a.status
+	return a, nil
+}
+
+// arrive records a call and finds the fault that it meets, or nil.
+func (s *Server) arrive(in *incoming) (*Call, *Fault, time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	call := &Call{
+		Method: in.method, Path: strings.TrimPrefix(in.path, "/v1"), Host: in.host,
+		Time: s.now(), RequestID: "req_" + random(32),
+	}
+	if _, value, ok := strings.Cut(in.header.Get("Authorization"), " "); ok && s.values[value] != nil {
+		call.KeyID = s.values[value].id
+	}
+	s.calls = append(s.calls, call)
+	for i, f := range s.faults {
+		if f.Method != "" && f.Method != in.method || !f.path.MatchString(call.Path) {
+			continue
+		}
+		if f.Skip > 0 {
+			f.Skip--
+			continue
+		}
+		if f.Times--; f.Times == 0 {
+			s.faults = slices.Delete(s.faults, i, i+1)
+		}
+		return call, f, s.latency
+	}
+	return call, nil, s.latency
+}
+
+// carryOut processes a call and makes its answer.
+func (s *Server) carryOut(in *incoming, call *Call) *answer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v, err := s.process(in)
+	if err == nil {
+		call.Processed = true
+		return jsonAnswer(200, v)
+	}
+	e := err.(*apiError) // process has no others
+	a := jsonAnswer(e.status, e.body())
+	if e.retryAfter > 0 {
+		a.header.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
+		a.header.Set("Retry-After-Ms", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()*1000))))
+	}
+	return a
+}
+
+func (f *Fault) answer(in *incoming) *answer {
+	var a *answer
+	switch f.Kind {
+	case "malformed":
+		a = &answer{200, http.Header{"Content-Type": {"application/json"}}, []byte(`{"object":"list","data":[{"id":"key_`)}
+	case "oversized":
+		a = jsonAnswer(200, map[string]any{"object": strings.Repeat("x", maxBody)})
+	case "redirect":
+		a = jsonAnswer(307, struct{}{})
+		a.header.Set("Location", "https://"+RedirectHost+in.path)
+	default:
+		e := &apiError{status: f.Status, typ: "server_error", message: "The simulator was told to fail."}
+		if e.status == 0 {
+			e.status = 500
+		}
+		if e.status < 500 {
+			e.typ = "invalid_request_error"
+		}
+		a = jsonAnswer(e.status, e.body())
+		if f.Body != "" {
+			a.body = []byte(f.Body)
+		}
+	}
+	for name, values := range f.Header {
+		a.header[http.CanonicalHeaderKey(name)] = values
+	}
+	return a
+}
+
+func jsonAnswer(status int, v any) *answer {
+	body, err := json.Marshal(v)
+	if err != nil {
+		panic("openaisim: " + err.Error())
+	}
+	return &answer{status, http.Header{"Content-Type": {"application/json"}}, body}
+}
+
+// wait waits for d, or returns ctx's error when ctx ends first.
+func wait(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// controls are the parameters of the control API; each call takes some of them.
+type controls struct {
+	Duration  string  // as time.ParseDuration reads it
+	PerSecond float64 `json:"per_second"`
+	Burst     int
+	Seconds   int
+	On        bool
+	Project   string
+	Account   string
+	ID        string // empty: made up
+	Name      string
+	Role      string
+	Value     string // of a key; empty: made up
+}
+
+// control answers a call of the control API, which takes and gives JSON:
+//
+//	POST   /_sim/faults      a Fault, its fields in lower case
+//	DELETE /_sim/faults
+//	POST   /_sim/latency     {duration}; SetLatency
+//	POST   /_sim/keydelay    {duration}; SetKeyDelay
+//	POST   /_sim/advance     {duration}; Advance
+//	POST   /_sim/ratelimit   {per_second, burst}; SetRateLimit
+//	POST   /_sim/maxkeylife  {seconds}; SetMaxKeyLife
+//	POST   /_sim/lax         {on}; SetLax
+//	POST   /_sim/projects    {id, name}; answers {id}
+//	POST   /_sim/archive     {id}
+//	POST   /_sim/accounts    {project, id, name, role}; answers {id}
+//	POST   /_sim/keys        {project, account, id, name, value}; answers {id, value}
+//	POST   /_sim/adminkeys   {id, name, value}; answers {id, value}
+//	GET    /_sim/state       what exists, without key values
+//	GET    /_sim/calls       Calls
+//	DELETE /_sim/calls       ResetCalls
+//
+// Errors are 400 {"error": text}.
+func (s *Server) control(in *incoming) *answer {
+	v, err := s.steer(in)
+	if err != nil {
+		return jsonAnswer(400, map[string]any{"error": err.Error()})
+	}
+	return jsonAnswer(200, v)
+}
+
+func (s *Server) steer(in *incoming) (any, error) {
+	var c controls
+	var f Fault
+	var d time.Duration
+	call := in.method + " " + strings.TrimPrefix(in.path, "/_sim/")
+	if in.method == http.MethodPost {
+		decoder := json.NewDecoder(bytes.NewReader(in.body))
+		decoder.DisallowUnknownFields()
+		var to any = &c
+		if call == "POST faults" {
+			to = &f
+		}
+		if err := decoder.Decode(to); err != nil {
+			return nil, err
+		}
+	}
+	switch call {
+	case "POST latency", "POST keydelay", "POST advance":
+		var err error
+		if d, err = time.ParseDuration(c.Duration); err != nil {
+			return nil, err
+		}
+	}
+	done := struct{}{}
+	switch call {
+	case "DELETE faults":
+		s.ClearFaults()
+		return done, nil
+	case "POST latency":
+		s.SetLatency(d)
+		return done, nil
+	case "POST keydelay":
+		s.SetKeyDelay(d)
+		return done, nil
+	case "POST advance":
+		s.Advance(d)
+		return done, nil
+	case "POST ratelimit":
+		s.SetRateLimit(c.PerSecond, c.Burst)
+		return done, nil
+	case "POST maxkeylife":
+		s.SetMaxKeyLife(c.Seconds)
+		return done, nil
+	case "POST lax":
+		s.SetLax(c.On)
+		return done, nil
+	case "GET calls":
+		return s.Calls(), nil
+	case "DELETE calls":
+		s.ResetCalls()
+		return done, nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch call {
+	case "POST faults":
+		return done, s.inject(f)
+	case "GET state":
+		return s.state(), nil
+	case "POST projects":
+		p, err := s.addProject(c.ID, c.Name)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]any{"id": p.id}, nil
+	case "POST adminkeys":
+		k, err := s.addKey(c.ID, nil, nil, c.Value, c.Name)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]any{"id": k.id, "value": k.value}, nil
+	case "POST archive":
+		p, err := s.findProject(c.ID)
+		if err != nil {
+			return nil, err
+		}
+		s.archive(p)
+		return done, nil
+	case "POST accounts":
+		p, err := s.findProject(c.Project)
+		if err != nil {
+			return nil, err
+		}
+		a, err := s.addAccount(p, c.ID, c.Name, c.Role)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]any{"id": a.id}, nil
+	case "POST keys":
+		p, err := s.findProject(c.Project)
+		if err != nil {
+			return nil, err
+		}
+		i := slices.IndexFunc(p.accounts, func(a *account) bool { return a.id == c.Account })
+		if i < 0 {
+			return nil, notFound("service account", c.Account)
+		}
+		k, err := s.addKey(c.ID, p, p.accounts[i], c.Value, c.Name)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]any{"id": k.id, "value": k.value}, nil
+	}
+	return nil, fmt.Errorf("no such control: %s", call)
+}
+
+// state is what exists, for the control API.
+func (s *Server) state() any {
+	projects := []any{}
+	for _, p := range s.projects {
+		projects = append(projects, map[string]any{
+			"id": p.id, "name": p.name, "archived": !p.archived.IsZero(),
+			"service_accounts": p.serviceAccounts(), "api_keys": p.projectKeys(),
+		})
+	}
+	return map[string]any{
+		"organization_id": DefaultOrganization, "now": s.now(), "admin_keys": s.adminKeys(), "projects": projects,
+	}
+}
