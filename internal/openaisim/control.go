@@ -5,6 +5,7 @@ package openaisim
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -115,10 +116,6 @@ func (s *Server) SetRateLimit(perSecond float64, burst int) {
 func (s *Server) Calls() []Call {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.callLog()
-}
-
-func (s *Server) callLog() []Call {
 	calls := []Call{}
 	for _, c := range s.calls {
 		calls = append(calls, *c)
@@ -227,7 +224,11 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 // exchange answers a request. Its errors are errClosed, errRefused and ctx's.
 func (s *Server) exchange(ctx context.Context, in *incoming) (*answer, error) {
 	if strings.HasPrefix(in.path, "/_sim/") {
-		return s.control(in), nil
+		v, err := s.control(in)
+		if err != nil {
+			return jsonAnswer(400, map[string]any{"error": err.Error()}), nil
+		}
+		return jsonAnswer(200, v), nil
 	}
 	call, fault, latency := s.arrive(in)
 	if in.host == RedirectHost || fault != nil && fault.Kind == "refuse" {
@@ -269,7 +270,7 @@ func (s *Server) arrive(in *incoming) (*Call, *Fault, time.Duration) {
 		Time: s.now(), RequestID: "req_" + random(32),
 	}
 	if _, value, ok := strings.Cut(in.header.Get("Authorization"), " "); ok && s.values[value] != nil {
-		call.KeyID = s.values[value].id
+		call.KeyID = s.values[value].ID
 	}
 	s.calls = append(s.calls, call)
 	for i, f := range s.faults {
@@ -298,7 +299,7 @@ func (s *Server) carryOut(in *incoming, call *Call) *answer {
 		return jsonAnswer(200, v)
 	}
 	e := err.(*apiError) // process has no others
-	a := jsonAnswer(e.status, e.body())
+	a := jsonAnswer(e.status, e.view())
 	if e.retryAfter > 0 {
 		a.header.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
 		a.header.Set("Retry-After-Ms", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()*1000))))
@@ -317,14 +318,11 @@ func (f *Fault) answer(in *incoming) *answer {
 		a = jsonAnswer(307, struct{}{})
 		a.header.Set("Location", "https://"+RedirectHost+in.path)
 	default:
-		e := &apiError{status: f.Status, typ: "server_error", message: "The simulator was told to fail."}
-		if e.status == 0 {
-			e.status = 500
+		e := &apiError{status: cmp.Or(f.Status, 500), message: "The simulator was told to fail."}
+		if e.status >= 500 {
+			e.typ = "server_error"
 		}
-		if e.status < 500 {
-			e.typ = "invalid_request_error"
-		}
-		a = jsonAnswer(e.status, e.body())
+		a = jsonAnswer(e.status, e.view())
 		if f.Body != "" {
 			a.body = []byte(f.Body)
 		}
@@ -358,22 +356,20 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// controls are the parameters of the control API; each call takes some of them.
-type controls struct {
+// settings are the parameters of the control API; each call takes some of them.
+type settings struct {
 	Duration  string  // as time.ParseDuration reads it
 	PerSecond float64 `json:"per_second"`
 	Burst     int
 	Seconds   int
 	On        bool
-	Project   string
-	Account   string
-	ID        string // empty: made up
-	Name      string
-	Role      string
-	Value     string // of a key; empty: made up
+
+	Project, Account string
+	ID, Value        string // empty: made up
+	Name, Role       string
 }
 
-// control answers a call of the control API, which takes and gives JSON:
+// control carries out a call of the control API, which takes and gives JSON:
 //
 //	POST   /_sim/faults      a Fault, its fields in lower case
 //	DELETE /_sim/faults
@@ -383,26 +379,18 @@ type controls struct {
 //	POST   /_sim/ratelimit   {per_second, burst}; SetRateLimit
 //	POST   /_sim/maxkeylife  {seconds}; SetMaxKeyLife
 //	POST   /_sim/lax         {on}; SetLax
+//	POST   /_sim/archive     {id}; ArchiveProject
 //	POST   /_sim/projects    {id, name}; answers {id}
-//	POST   /_sim/archive     {id}
 //	POST   /_sim/accounts    {project, id, name, role}; answers {id}
 //	POST   /_sim/keys        {project, account, id, name, value}; answers {id, value}
 //	POST   /_sim/adminkeys   {id, name, value}; answers {id, value}
 //	GET    /_sim/state       what exists, without key values
 //	GET    /_sim/calls       Calls
-//	DELETE /_sim/calls       ResetCalls
+//	DELETE /_sim/calls
 //
 // Errors are 400 {"error": text}.
-func (s *Server) control(in *incoming) *answer {
-	v, err := s.steer(in)
-	if err != nil {
-		return jsonAnswer(400, map[string]any{"error": err.Error()})
-	}
-	return jsonAnswer(200, v)
-}
-
-func (s *Server) steer(in *incoming) (any, error) {
-	var c controls
+func (s *Server) control(in *incoming) (any, error) {
+	var c settings
 	var f Fault
 	var d time.Duration
 	call := in.method + " " + strings.TrimPrefix(in.path, "/_sim/")
@@ -413,101 +401,87 @@ func (s *Server) steer(in *incoming) (any, error) {
 		if call == "POST faults" {
 			to = &f
 		}
-		if err := decoder.Decode(to); err != nil {
+		err := decoder.Decode(to)
+		if err == nil && c.Duration != "" {
+			d, err = time.ParseDuration(c.Duration)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
-	switch call {
-	case "POST latency", "POST keydelay", "POST advance":
-		var err error
-		if d, err = time.ParseDuration(c.Duration); err != nil {
-			return nil, err
-		}
-	}
-	done := struct{}{}
 	switch call {
 	case "DELETE faults":
 		s.ClearFaults()
-		return done, nil
 	case "POST latency":
 		s.SetLatency(d)
-		return done, nil
 	case "POST keydelay":
 		s.SetKeyDelay(d)
-		return done, nil
 	case "POST advance":
 		s.Advance(d)
-		return done, nil
 	case "POST ratelimit":
 		s.SetRateLimit(c.PerSecond, c.Burst)
-		return done, nil
 	case "POST maxkeylife":
 		s.SetMaxKeyLife(c.Seconds)
-		return done, nil
 	case "POST lax":
 		s.SetLax(c.On)
-		return done, nil
 	case "GET calls":
 		return s.Calls(), nil
 	case "DELETE calls":
 		s.ResetCalls()
-		return done, nil
+	default:
+		return s.controlState(call, c, f)
 	}
+	return struct{}{}, nil
+}
+
+// controlState is the part of control that can fail on what the parameters name.
+func (s *Server) controlState(call string, c settings, f Fault) (any, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch call {
-	case "POST faults":
-		return done, s.inject(f)
 	case "GET state":
 		return s.state(), nil
-	case "POST projects":
-		p, err := s.addProject(c.ID, c.Name)
-		if err != nil {
-			return nil, err
-		}
-		return map[string]any{"id": p.id}, nil
+	case "POST faults":
+		return struct{}{}, s.inject(f)
 	case "POST adminkeys":
-		k, err := s.addKey(c.ID, nil, nil, c.Value, c.Name)
-		if err != nil {
-			return nil, err
-		}
-		return map[string]any{"id": k.id, "value": k.value}, nil
-	case "POST archive":
-		p, err := s.findProject(c.ID)
-		if err != nil {
-			return nil, err
-		}
-		s.archive(p)
-		return done, nil
-	case "POST accounts":
-		p, err := s.findProject(c.Project)
-		if err != nil {
-			return nil, err
-		}
-		a, err := s.addAccount(p, c.ID, c.Name, c.Role)
-		if err != nil {
-			return nil, err
-		}
-		return map[string]any{"id": a.id}, nil
-	case "POST keys":
-		p, err := s.findProject(c.Project)
-		if err != nil {
-			return nil, err
-		}
-		i := slices.IndexFunc(p.accounts, func(a *account) bool { return a.id == c.Account })
-		if i < 0 {
-			return nil, notFound("service account", c.Account)
-		}
-		k, err := s.addKey(c.ID, p, p.accounts[i], c.Value, c.Name)
-		if err != nil {
-			return nil, err
-		}
-		return map[string]any{"id": k.id, "value": k.value}, nil
+		return created(s.addKey(nil, nil, c.ID, c.Name, c.Value, 0))
+	case "POST projects":
+		return created(s.addProject(c.ID, c.Name))
+	case "POST archive", "POST accounts", "POST keys":
+	default:
+		return nil, fmt.Errorf("no such control: %s", call)
 	}
-	return nil, fmt.Errorf("no such control: %s", call)
+	p, err := find(s.projects, "project", cmp.Or(c.Project, c.ID))
+	if err != nil {
+		return nil, err
+	}
+	switch call {
+	case "POST accounts":
+		return created(s.addAccount(p, c.ID, c.Name, c.Role))
+	case "POST keys":
+		a, err := find(p.accounts, "service account", c.Account)
+		if err != nil {
+			return nil, err
+		}
+		return created(s.addKey(p, a, c.ID, c.Name, c.Value, 0))
+	}
+	s.archive(p)
+	return struct{}{}, nil
 }
 
-// state is what exists, for the control API.
+// created is the control API's answer for a new object.
+func created[T object](o T, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	v := map[string]any{"id": o.ident()}
+	if k, ok := any(o).(*key); ok {
+		v["value"] = k.value
+	}
+	return v, nil
+}
+
+// state is what exists.
 func (s *Server) state() any {
 	projects := []any{}
 	for _, p := range s.projects {

@@ -13,7 +13,7 @@
 // Where OpenAI's documents leave a question open, the simulator takes the stricter side:
 //   - a parameter that an endpoint does not list, in the query or in the body, is a 400;
 //   - names and ids are not empty; a scope is words joined by dots, as in api.all.read;
-//   - a cursor is the id of an object of that kind of list, which may be deleted by now;
+//   - a cursor is the id of an object that exists or has existed;
 //   - limit is 1 to 100, also for admin keys;
 //   - project keys are listed, unless asked otherwise, only when their owner has a role;
 //   - a refused key, also one of the wrong kind, is 401 invalid_api_key.
@@ -22,10 +22,12 @@
 package openaisim
 
 import (
-	"bytes"
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"mime"
 	"net/http"
 	"net/url"
 	"regexp"
@@ -45,41 +47,63 @@ const (
 // Server is a simulated OpenAI with one organization. Its methods may be used
 // concurrently; each API call takes effect at one moment.
 type Server struct {
-	mu       sync.Mutex // guards everything below
-	offset   time.Duration
+	mu       sync.Mutex    // guards everything below
+	offset   time.Duration // see Advance
+	first    *key          // see AdminKey
 	admins   []*key
 	projects []*project
 	values   map[string]*key // every key there ever was, by value
-	order    map[string]int  // every id there ever was, and the order of creation
+	order    map[string]int  // every id there ever was, and its place in the order of creation
 
 	faults     []*Fault
 	calls      []*Call
 	latency    time.Duration
 	keyDelay   time.Duration
-	maxKeyLife int  // seconds; 0: no policy
-	lax        bool // see SetLax
+	maxKeyLife int // seconds; 0: no policy
+	lax        bool
 
-	rate   float64 // tokens per second; 0: no limit
-	burst  float64
-	tokens float64
-	filled time.Time // when tokens was right
+	rate, burst, tokens float64   // of the rate limit; rate in tokens per second, 0: no limit
+	filled              time.Time // when tokens was right
 }
 
-// key is an admin key, or a project key when it has an account.
+// AdminKey is an admin key as a test sees it.
+type AdminKey struct {
+	ID      string    `json:"id"`
+	Name    string    `json:"name"`
+	Created time.Time `json:"created"`
+	Expires time.Time `json:"expires,omitzero"` // zero: never
+}
+
+// ServiceAccount is a project's service account as a test sees it.
+type ServiceAccount struct {
+	ID   string `json:"id"`
+	Name string `json:"name"`
+	Role string `json:"role"` // owner, member or none
+}
+
+// ProjectKey is a project key as a test sees it.
+type ProjectKey struct {
+	ID               string    `json:"id"`
+	Name             string    `json:"name"`
+	ServiceAccountID string    `json:"service_account_id"`
+	Scopes           []string  `json:"scopes"` // empty: no restriction
+	Created          time.Time `json:"created"`
+	Expires          time.Time `json:"expires,omitzero"` // zero: never
+}
+
+// key is a project key, or an admin key when it has no account.
 type key struct {
-	id, name, value string
-	created         time.Time
-	expires         time.Time // zero: never
-	used            time.Time // zero: never
-	ready           time.Time // refused before
-	deleted         bool
-	account         *account
-	scopes          []string
+	ProjectKey
+	value   string
+	account *account
+	used    time.Time // zero: never
+	ready   time.Time // refused before
+	deleted bool
 }
 
 type account struct {
-	id, name, role string
-	created        time.Time
+	ServiceAccount
+	created time.Time
 }
 
 type project struct {
@@ -98,32 +122,8 @@ func New() *Server {
 	s := &Server{values: map[string]*key{}, order: map[string]int{}}
 	s.AddProject(DefaultProject, "Simulated project")
 	s.AddAdminKey("Simulated admin key")
+	s.first = s.admins[0]
 	return s
-}
-
-// AdminKey is an admin key as the test sees it.
-type AdminKey struct {
-	ID      string    `json:"id"`
-	Name    string    `json:"name"`
-	Created time.Time `json:"created"`
-	Expires time.Time `json:"expires,omitzero"` // zero: never
-}
-
-// ServiceAccount is a project's service account as the test sees it.
-type ServiceAccount struct {
-	ID   string `json:"id"`
-	Name string `json:"name"`
-	Role string `json:"role"` // owner, member or none
-}
-
-// ProjectKey is a project key as the test sees it.
-type ProjectKey struct {
-	ID               string    `json:"id"`
-	Name             string    `json:"name"`
-	ServiceAccountID string    `json:"service_account_id"`
-	Scopes           []string  `json:"scopes"` // empty: no restriction
-	Created          time.Time `json:"created"`
-	Expires          time.Time `json:"expires,omitzero"` // zero: never
 }
 
 // now is the simulator's time.
@@ -136,24 +136,15 @@ func (s *Server) Advance(d time.Duration) {
 	s.offset += d
 }
 
-// AdminKey returns the first admin key that was made.
-func (s *Server) AdminKey() (value, id string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, k := range s.values {
-		if k.account == nil && (id == "" || s.order[k.id] < s.order[id]) {
-			value, id = k.value, k.id
-		}
-	}
-	return value, id
-}
+// AdminKey returns the admin key that New made, dead or alive.
+func (s *Server) AdminKey() (value, id string) { return s.first.value, s.first.ID }
 
 // AddAdminKey makes an admin key that does not expire.
 func (s *Server) AddAdminKey(name string) (value, id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	k := must(s.addKey("", nil, nil, "", name))
-	return k.value, k.id
+	k := must(s.addKey(nil, nil, "", name, "", 0))
+	return k.value, k.ID
 }
 
 // AddProject makes an active project. It panics when the id is taken.
@@ -168,7 +159,7 @@ func (s *Server) AddProject(id, name string) {
 func (s *Server) ArchiveProject(id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.archive(must(s.findProject(id)))
+	s.archive(must(find(s.projects, "project", id)))
 }
 
 // AddServiceAccount makes a service account without a key in an active project. The
@@ -176,7 +167,7 @@ func (s *Server) ArchiveProject(id string) {
 func (s *Server) AddServiceAccount(project, name, role string) (id string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return must(s.addAccount(must(s.findProject(project)), "", name, role)).id
+	return must(s.addAccount(must(find(s.projects, "project", project)), "", name, role)).ID
 }
 
 // AdminKeys returns the live admin keys: not deleted, not expired.
@@ -186,13 +177,14 @@ func (s *Server) AdminKeys() []AdminKey {
 	return s.adminKeys()
 }
 
-func (s *Server) adminKeys() (keys []AdminKey) {
+func (s *Server) adminKeys() []AdminKey {
+	list := []AdminKey{}
 	for _, k := range s.admins {
 		if !k.expired(s.now()) {
-			keys = append(keys, AdminKey{k.id, k.name, k.created, k.expires})
+			list = append(list, AdminKey{k.ID, k.Name, k.Created, k.Expires})
 		}
 	}
-	return keys
+	return list
 }
 
 // ServiceAccounts returns the service accounts of a project. It panics when there is no
@@ -200,14 +192,15 @@ func (s *Server) adminKeys() (keys []AdminKey) {
 func (s *Server) ServiceAccounts(project string) []ServiceAccount {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return must(s.findProject(project)).serviceAccounts()
+	return must(find(s.projects, "project", project)).serviceAccounts()
 }
 
-func (p *project) serviceAccounts() (accounts []ServiceAccount) {
+func (p *project) serviceAccounts() []ServiceAccount {
+	list := []ServiceAccount{}
 	for _, a := range p.accounts {
-		accounts = append(accounts, ServiceAccount{a.id, a.name, a.role})
+		list = append(list, a.ServiceAccount)
 	}
-	return accounts
+	return list
 }
 
 // ProjectKeys returns the keys of a project, expired ones too. It panics when there is
@@ -215,14 +208,15 @@ func (p *project) serviceAccounts() (accounts []ServiceAccount) {
 func (s *Server) ProjectKeys(project string) []ProjectKey {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return must(s.findProject(project)).projectKeys()
+	return must(find(s.projects, "project", project)).projectKeys()
 }
 
-func (p *project) projectKeys() (keys []ProjectKey) {
+func (p *project) projectKeys() []ProjectKey {
+	list := []ProjectKey{}
 	for _, k := range p.keys {
-		keys = append(keys, ProjectKey{k.id, k.name, k.account.id, slices.Clone(k.scopes), k.created, k.expires})
+		list = append(list, k.ProjectKey)
 	}
-	return keys
+	return list
 }
 
 // Use tells whether /v1/models would accept this project key now.
@@ -258,12 +252,32 @@ func (s *Server) SetLax(on bool) {
 	s.lax = on
 }
 
-// must is for test code's own mistakes.
+// must is for mistakes of the test code itself.
 func must[T any](v T, err error) T {
 	if err != nil {
 		panic("openaisim: " + err.Error())
 	}
 	return v
+}
+
+// object is what a list holds: admin keys, projects, accounts, project keys.
+type object interface {
+	ident() string
+	view() map[string]any // as OpenAI shows it
+}
+
+func (k *key) ident() string     { return k.ID }
+func (a *account) ident() string { return a.ID }
+func (p *project) ident() string { return p.id }
+
+// find returns the object with this id, or a 404.
+func find[T object](list []T, kind, id string) (found T, err error) {
+	for _, o := range list {
+		if o.ident() == id {
+			return o, nil
+		}
+	}
+	return found, &apiError{status: 404, code: "not_found", message: fmt.Sprintf("No such %s: '%s'.", kind, id)}
 }
 
 // newID registers id, or a new one with this prefix when it is empty.
@@ -298,61 +312,47 @@ func (s *Server) addProject(id, name string) (*project, error) {
 }
 
 func (s *Server) addAccount(p *project, id, name, role string) (*account, error) {
-	if !p.archived.IsZero() {
-		return nil, fmt.Errorf("project %q is archived", p.id)
-	}
-	if role != "owner" && role != "member" && role != "none" {
-		return nil, fmt.Errorf("role %q is not owner, member or none", role)
+	if !p.archived.IsZero() || !slices.Contains([]string{"owner", "member", "none"}, role) {
+		return nil, fmt.Errorf("project %q is archived, or %q is no role", p.id, role)
 	}
 	id, err := s.newID("svc_acct_", id)
 	if err != nil {
 		return nil, err
 	}
-	a := &account{id: id, name: name, role: role, created: s.now()}
+	a := &account{ServiceAccount{id, name, role}, s.now()}
 	p.accounts = append(p.accounts, a)
 	return a, nil
 }
 
-// addKey makes a key of account a in project p, or an admin key when they are nil. An
-// empty id or value is made up. The value of a made up admin key differs from those of
-// the others in its last three characters, which is what its redacted form shows.
-func (s *Server) addKey(id string, p *project, a *account, value, name string) (*key, error) {
+// addKey makes a key of account a in project p, or an admin key when they are nil, which
+// expires after life; 0: never. An empty id or value is made up. A made up admin key
+// differs from the others in what its redacted form shows.
+func (s *Server) addKey(p *project, a *account, id, name, value string, life time.Duration) (*key, error) {
+	if s.values[value] != nil {
+		return nil, errors.New("the key's value is taken")
+	}
 	id, err := s.newID("key_", id)
 	if err != nil {
 		return nil, err
 	}
-	k := &key{id: id, name: name, value: value, created: s.now(), account: a}
-	prefix := "sk-svcacct-simulated-"
-	if a == nil {
-		prefix = "sk-admin-simulated-"
-		k.ready = k.created.Add(s.keyDelay)
+	k := &key{ProjectKey: ProjectKey{ID: id, Name: name, Created: s.now()}, value: value, account: a}
+	if life > 0 {
+		k.Expires = k.Created.Add(life)
 	}
-	for k.value == "" || s.values[k.value] != nil {
-		if value != "" {
-			return nil, fmt.Errorf("the value of key %q is taken", id)
-		}
-		// As long as OpenAI's keys.
-		k.value = prefix + random(164-len(prefix))
-		if a == nil && slices.ContainsFunc(s.admins, func(other *key) bool { return other.redacted() == k.redacted() }) {
-			k.value = ""
-		}
+	keys, prefix := &s.admins, "sk-admin-simulated-"
+	if a != nil {
+		keys, prefix = &p.keys, "sk-svcacct-simulated-"
+		k.ServiceAccountID = a.ID
+	} else {
+		k.ready = k.Created.Add(s.keyDelay)
+	}
+	alike := func(other *key) bool { return other.redacted() == k.redacted() }
+	for k.value == "" || value == "" && a == nil && slices.ContainsFunc(s.admins, alike) {
+		k.value = prefix + random(164-len(prefix)) // as long as OpenAI's
 	}
 	s.values[k.value] = k
-	if a == nil {
-		s.admins = append(s.admins, k)
-	} else {
-		p.keys = append(p.keys, k)
-	}
+	*keys = append(*keys, k)
 	return k, nil
-}
-
-func (s *Server) findProject(id string) (*project, error) {
-	for _, p := range s.projects {
-		if p.id == id {
-			return p, nil
-		}
-	}
-	return nil, notFound("project", id)
 }
 
 func (s *Server) archive(p *project) {
@@ -364,20 +364,18 @@ func (s *Server) archive(p *project) {
 // deleteKeys deletes the keys of p that match.
 func (p *project) deleteKeys(match func(*key) bool) {
 	p.keys = slices.DeleteFunc(p.keys, func(k *key) bool {
-		if match(k) {
-			k.deleted = true
-		}
+		k.deleted = match(k)
 		return k.deleted
 	})
 }
 
-func (k *key) expired(now time.Time) bool { return !k.expires.IsZero() && !now.Before(k.expires) }
+func (k *key) expired(now time.Time) bool { return !k.Expires.IsZero() && !now.Before(k.Expires) }
 
 // redacted is the key in the form that OpenAI's documents show: sk-admin...def.
 func (k *key) redacted() string {
-	head := "sk-admin"
-	if k.account != nil {
-		head = "sk-svcacct"
+	head := "sk-svcacct"
+	if k.account == nil {
+		head = "sk-admin"
 	}
 	return head + "..." + k.value[max(0, len(k.value)-3):]
 }
@@ -385,14 +383,20 @@ func (k *key) redacted() string {
 // apiError is an error in OpenAI's form.
 type apiError struct {
 	status     int
-	message    string
-	typ        string
+	typ        string // empty: invalid_request_error
 	param      string // empty: null
 	code       string // empty: null
-	retryAfter time.Duration
+	message    string
+	retryAfter time.Duration // 0: not sent
 }
 
 func (e *apiError) Error() string { return e.message }
+
+func (e *apiError) view() map[string]any {
+	return map[string]any{"error": map[string]any{
+		"message": e.message, "type": cmp.Or(e.typ, "invalid_request_error"), "param": orNull(e.param), "code": orNull(e.code),
+	}}
+}
 
 // orNull is v, or nil when v is the zero value.
 func orNull[T comparable](v T) any {
@@ -403,47 +407,26 @@ func orNull[T comparable](v T) any {
 	return v
 }
 
-func (e *apiError) body() any {
-	return map[string]any{"error": map[string]any{
-		"message": e.message, "type": e.typ, "param": orNull(e.param), "code": orNull(e.code),
-	}}
-}
-
-func badRequest(param, code, format string, args ...any) *apiError {
-	return &apiError{status: 400, typ: "invalid_request_error", param: param, code: code, message: fmt.Sprintf(format, args...)}
-}
-
-func notFound(kind, id string) *apiError {
-	return &apiError{status: 404, typ: "invalid_request_error", code: "not_found", message: fmt.Sprintf("No such %s: '%s'.", kind, id)}
-}
-
-func archivedError(p *project) *apiError {
-	return badRequest("", "project_archived", "Project '%s' is archived.", p.id)
+func badRequest(param, code, format string, args ...any) error {
+	return &apiError{status: 400, param: param, code: code, message: fmt.Sprintf(format, args...)}
 }
 
 // authenticate returns the key of a call: an admin key, or a project key that has access.
 func (s *Server) authenticate(h http.Header, admin bool) (*key, error) {
-	unauthorized := func(code, message string) error {
-		return &apiError{status: 401, typ: "invalid_request_error", code: code, message: message}
-	}
 	scheme, value, _ := strings.Cut(h.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") || value == "" {
-		return nil, unauthorized("", "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY).")
+		return nil, &apiError{status: 401, message: "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."}
 	}
 	k, now := s.values[value], s.now()
 	if k == nil || k.deleted || k.expired(now) || now.Before(k.ready) || (k.account == nil) != admin {
-		shown := "sk-***"
-		if len(value) > 20 {
-			shown += value[len(value)-3:]
-		}
-		return nil, unauthorized("invalid_api_key", "Incorrect API key provided: "+shown+". You can find your API key at https://platform.openai.com/account/api-keys.")
+		return nil, &apiError{status: 401, code: "invalid_api_key",
+			message: "Incorrect API key provided: sk-***. You can find your API key at https://platform.openai.com/account/api-keys."}
 	}
 	if org := h.Get("OpenAI-Organization"); org != "" && org != DefaultOrganization {
-		return nil, unauthorized("mismatched_organization", "OpenAI-Organization header should match organization for API key.")
+		return nil, &apiError{status: 401, code: "mismatched_organization", message: "OpenAI-Organization header should match organization for API key."}
 	}
-	if k.account != nil && k.account.role == "none" {
-		return nil, &apiError{status: 403, typ: "invalid_request_error", code: "insufficient_permissions",
-			message: "You have insufficient permissions for this operation."}
+	if !admin && k.account.access() != "active" {
+		return nil, &apiError{status: 403, code: "insufficient_permissions", message: "You have insufficient permissions for this operation."}
 	}
 	return k, nil
 }
@@ -456,7 +439,7 @@ func (s *Server) takeToken() error {
 	now := s.now()
 	s.tokens = min(s.burst, s.tokens+now.Sub(s.filled).Seconds()*s.rate)
 	s.filled = now
-	if s.tokens < 1 {
+	if s.tokens < 1-1e-6 { // who waited as long as told is not turned away by rounding
 		return &apiError{status: 429, typ: "requests", code: "rate_limit_exceeded", message: "Rate limit reached. Please try again later.",
 			retryAfter: time.Duration((1 - s.tokens) / s.rate * float64(time.Second))}
 	}
@@ -466,19 +449,18 @@ func (s *Server) takeToken() error {
 
 // request is an API call that was found valid.
 type request struct {
-	now     time.Time
-	query   map[string]any
-	body    map[string]any
-	key     *key
-	project *project // of {project} in the path; likewise the next ones
-	account *account
-	target  *key // {key}: an admin key, or a key of the project
+	now         time.Time
+	query, body map[string]any
+	project     *project // {project} of the path; likewise the next two
+	account     *account
+	key         *key   // an admin key, or a key of the project
+	object      object // the last of these
 }
 
 // route is an endpoint. In its path are {project}, {account} and {key}. Query and body
-// list what it takes as name:kind, where kind is string, scope list, bool, a range as
-// 1..100 or choices as asc|desc, followed by ! when it is required and ? when it may
-// be null. POST answers 200 like everything else.
+// list what it takes as name:kind, where kind is string, scopes (a list), bool, a range
+// as 1..100 or choices as asc|desc, with ! behind it when the parameter is required and
+// ? when it may be null.
 type route struct {
 	method, path string
 	query, body  string
@@ -486,11 +468,16 @@ type route struct {
 }
 
 const (
-	pageParams = "after:string limit:1..100"
-	lifetime   = "expires_in_seconds:1..31536000"
-	residency  = "residency:GLOBAL|US_STORAGE_PROCESSING|EU_STORAGE_PROCESSING|JP_STORAGE|JP_STORAGE_PROCESSING|" +
+	paging    = "after:string limit:1..100"
+	lifetime  = "expires_in_seconds:1..31536000"
+	external  = " external_key_id:string? geography:string? "
+	residency = "residency:GLOBAL|US_STORAGE_PROCESSING|EU_STORAGE_PROCESSING|JP_STORAGE|JP_STORAGE_PROCESSING|" +
 		"KR_STORAGE|CA_STORAGE|SG_STORAGE|IN_STORAGE|IN_STORAGE_PROCESSING|AU_STORAGE|AU_STORAGE_PROCESSING|" +
 		"GB_STORAGE|AE_STORAGE|AE_STORAGE_PROCESSING?"
+	adminKeys = "organization/admin_api_keys"
+	projects  = "organization/projects"
+	accounts  = projects + "/{project}/service_accounts"
+	keys      = projects + "/{project}/api_keys"
 )
 
 // routes is the API: https://platform.openai.com/docs/api-reference/administration, and
@@ -498,111 +485,107 @@ const (
 var routes = []route{
 	{"GET", "models", "", "", (*Server).listModels},
 
-	{"GET", "organization/admin_api_keys", pageParams + " order:asc|desc", "", (*Server).listAdminKeys},
-	{"POST", "organization/admin_api_keys", "", "name:string! " + lifetime, (*Server).createAdminKey},
-	{"GET", "organization/admin_api_keys/{key}", "", "", (*Server).getKey},
-	{"DELETE", "organization/admin_api_keys/{key}", "", "", (*Server).deleteAdminKey},
+	{"GET", adminKeys, paging + " order:asc|desc", "", (*Server).listAdminKeys},
+	{"POST", adminKeys, "", "name:string! " + lifetime, (*Server).createAdminKey},
+	{"GET", adminKeys + "/{key}", "", "", (*Server).show},
+	{"DELETE", adminKeys + "/{key}", "", "", (*Server).deleteAdminKey},
 
-	{"GET", "organization/projects", pageParams + " include_archived:bool", "", (*Server).listProjects},
-	{"POST", "organization/projects", "", "name:string! external_key_id:string? geography:string? " + residency, (*Server).createProject},
-	{"GET", "organization/projects/{project}", "", "", (*Server).getProject},
-	{"POST", "organization/projects/{project}", "", "name:string? external_key_id:string? geography:string?", (*Server).updateProject},
-	{"POST", "organization/projects/{project}/archive", "", "", (*Server).archiveProject},
+	{"GET", projects, paging + " include_archived:bool", "", (*Server).listProjects},
+	{"POST", projects, "", "name:string!" + external + residency, (*Server).createProject},
+	{"GET", projects + "/{project}", "", "", (*Server).show},
+	{"POST", projects + "/{project}", "", "name:string?" + external, (*Server).updateProject},
+	{"POST", projects + "/{project}/archive", "", "", (*Server).archiveProject},
 
-	{"GET", "organization/projects/{project}/service_accounts", pageParams, "", (*Server).listAccounts},
-	{"POST", "organization/projects/{project}/service_accounts", "", "name:string! create_service_account_only:bool? " + lifetime + "?", (*Server).createAccount},
-	{"GET", "organization/projects/{project}/service_accounts/{account}", "", "", (*Server).getAccount},
-	{"POST", "organization/projects/{project}/service_accounts/{account}", "", "name:string role:member|owner", (*Server).updateAccount},
-	{"DELETE", "organization/projects/{project}/service_accounts/{account}", "", "", (*Server).deleteAccount},
-	{"POST", "organization/projects/{project}/service_accounts/{account}/api_keys", "", "name:string scopes:scopes " + lifetime, (*Server).createKey},
+	{"GET", accounts, paging, "", (*Server).listAccounts},
+	{"POST", accounts, "", "name:string! create_service_account_only:bool? " + lifetime + "?", (*Server).createAccount},
+	{"GET", accounts + "/{account}", "", "", (*Server).show},
+	{"POST", accounts + "/{account}", "", "name:string role:member|owner", (*Server).updateAccount},
+	{"DELETE", accounts + "/{account}", "", "", (*Server).deleteAccount},
+	{"POST", accounts + "/{account}/api_keys", "", "name:string scopes:scopes " + lifetime, (*Server).createKey},
 
-	{"GET", "organization/projects/{project}/api_keys", pageParams + " owner_project_access:active|inactive|any", "", (*Server).listKeys},
-	{"GET", "organization/projects/{project}/api_keys/{key}", "", "", (*Server).getKey},
-	{"POST", "organization/projects/{project}/api_keys/{key}", "", "scopes:scopes " + lifetime, (*Server).updateKey},
-	{"DELETE", "organization/projects/{project}/api_keys/{key}", "", "", (*Server).deleteKey},
+	{"GET", keys, paging + " owner_project_access:active|inactive|any", "", (*Server).listKeys},
+	{"GET", keys + "/{key}", "", "", (*Server).show},
+	{"POST", keys + "/{key}", "", "scopes:scopes " + lifetime, (*Server).updateKey},
+	{"DELETE", keys + "/{key}", "", "", (*Server).deleteKey},
 }
 
 // match returns what stands for {project} and the others in path, which is escaped.
 func (rt *route) match(method, path string) (map[string]string, bool) {
-	want, got := strings.Split(rt.path, "/"), strings.Split(path, "/")
+	want, got := strings.Split("/v1/"+rt.path, "/"), strings.Split(path, "/")
 	if method != rt.method || len(want) != len(got) {
 		return nil, false
 	}
 	ids := map[string]string{}
 	for i, segment := range got {
-		segment, err := url.PathUnescape(segment)
-		if strings.HasPrefix(want[i], "{") {
-			ids[want[i]] = segment
-		} else if segment != want[i] {
+		if !strings.HasPrefix(want[i], "{") {
+			if segment != want[i] {
+				return nil, false
+			}
+			continue
+		}
+		id, err := url.PathUnescape(segment)
+		if err != nil || id == "" {
 			return nil, false
 		}
-		if err != nil || segment == "" {
-			return nil, false
-		}
+		ids[want[i]] = id
 	}
 	return ids, true
 }
 
 // process carries out an API call and returns the object to answer with.
 func (s *Server) process(in *incoming) (any, error) {
-	path, ok := strings.CutPrefix(in.path, "/v1/")
-	var rt *route
-	var ids map[string]string
-	for i := 0; ok && i < len(routes) && rt == nil; i++ {
-		if found, ok := routes[i].match(in.method, path); ok {
-			rt, ids = &routes[i], found
+	for _, rt := range routes {
+		ids, ok := rt.match(in.method, in.path)
+		if !ok {
+			continue
 		}
+		caller, err := s.authenticate(in.header, rt.path != "models")
+		if err != nil {
+			return nil, err
+		}
+		if err := s.takeToken(); err != nil {
+			return nil, err
+		}
+		r := &request{now: s.now()}
+		caller.used = r.now
+		if r.query, err = s.parseQuery(in.query, rt.query); err != nil {
+			return nil, err
+		}
+		if r.body, err = s.parseBody(in, rt.body); err != nil {
+			return nil, err
+		}
+		if err := s.resolve(r, &rt, ids); err != nil {
+			return nil, err
+		}
+		return rt.handle(s, r)
 	}
-	if rt == nil {
-		return nil, &apiError{status: 404, typ: "invalid_request_error", message: fmt.Sprintf("Invalid URL (%s %s)", in.method, in.path)}
-	}
-	k, err := s.authenticate(in.header, path != "models")
-	if err != nil {
-		return nil, err
-	}
-	if err := s.takeToken(); err != nil {
-		return nil, err
-	}
-	r := &request{now: s.now(), key: k}
-	k.used = r.now
-	if r.query, err = s.parseQuery(in.query, rt.query); err != nil {
-		return nil, err
-	}
-	if r.body, err = s.parseBody(in, rt.body); err != nil {
-		return nil, err
-	}
-	if err := s.resolve(r, rt, ids); err != nil {
-		return nil, err
-	}
-	return rt.handle(s, r)
+	return nil, &apiError{status: 404, message: fmt.Sprintf("Invalid URL (%s %s)", in.method, in.path)}
 }
 
-// resolve finds what the path names.
+// resolve finds what the path names. An archived project can be read, but it has no
+// service accounts and can't be changed.
 func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err error) {
 	keys := s.admins
 	if id, ok := ids["{project}"]; ok {
-		if r.project, err = s.findProject(id); err != nil {
+		if r.project, err = find(s.projects, "project", id); err != nil {
 			return err
 		}
-		keys = r.project.keys
-		accounts := strings.Contains(rt.path, "/service_accounts")
-		if !r.project.archived.IsZero() && (accounts || rt.method != "GET") {
-			return archivedError(r.project)
+		if !r.project.archived.IsZero() && (rt.method != "GET" || strings.HasPrefix(rt.path, accounts)) {
+			return badRequest("", "project_archived", "Project '%s' is archived.", id)
 		}
+		r.object, keys = r.project, r.project.keys
 	}
 	if id, ok := ids["{account}"]; ok {
-		i := slices.IndexFunc(r.project.accounts, func(a *account) bool { return a.id == id })
-		if i < 0 {
-			return notFound("service account", id)
+		if r.account, err = find(r.project.accounts, "service account", id); err != nil {
+			return err
 		}
-		r.account = r.project.accounts[i]
+		r.object = r.account
 	}
 	if id, ok := ids["{key}"]; ok {
-		i := slices.IndexFunc(keys, func(k *key) bool { return k.id == id })
-		if i < 0 {
-			return notFound("API key", id)
+		if r.key, err = find(keys, "API key", id); err != nil {
+			return err
 		}
-		r.target = keys[i]
+		r.object = r.key
 	}
 	return nil
 }
@@ -614,12 +597,11 @@ func (s *Server) parseQuery(raw, spec string) (map[string]any, error) {
 	}
 	given := map[string]json.RawMessage{}
 	for name, v := range values {
-		if len(v) != 1 {
+		given[name] = json.RawMessage(v[0])
+		if kind := kindOf(spec, name); len(v) > 1 {
 			return nil, badRequest(name, "invalid_value", "Duplicate parameter: '%s'.", name)
-		}
-		given[name], _ = json.Marshal(v[0])
-		if kind := kindOf(spec, name); kind == "bool" || strings.Contains(kind, "..") {
-			given[name] = json.RawMessage(v[0])
+		} else if kind != "bool" && !strings.Contains(kind, "..") {
+			given[name], _ = json.Marshal(v[0])
 		}
 	}
 	return s.parse(given, spec)
@@ -628,12 +610,11 @@ func (s *Server) parseQuery(raw, spec string) (map[string]any, error) {
 func (s *Server) parseBody(in *incoming, spec string) (map[string]any, error) {
 	given := map[string]json.RawMessage{}
 	if len(in.body) > 0 {
-		mediaType, _, _ := strings.Cut(in.header.Get("Content-Type"), ";")
-		if !strings.EqualFold(strings.TrimSpace(mediaType), "application/json") {
-			return nil, badRequest("", "unsupported_content_type", "Unsupported Content-Type: '%s'. Use 'application/json'.", mediaType)
+		if mediaType, _, err := mime.ParseMediaType(in.header.Get("Content-Type")); err != nil || mediaType != "application/json" {
+			return nil, badRequest("", "unsupported_content_type", "Unsupported Content-Type. Use 'application/json'.")
 		}
 		if err := json.Unmarshal(in.body, &given); err != nil || given == nil {
-			return nil, badRequest("", "invalid_json", "We could not parse the JSON body of your request. The body must be a JSON object.")
+			return nil, badRequest("", "invalid_json", "We could not parse the body of your request, which must be a JSON object.")
 		}
 	}
 	return s.parse(given, spec)
@@ -641,7 +622,7 @@ func (s *Server) parseBody(in *incoming, spec string) (map[string]any, error) {
 
 // kindOf returns the kind of a parameter, with its mark; empty when there is none.
 func kindOf(spec, name string) string {
-	for _, field := range strings.Fields(spec) {
+	for field := range strings.FieldsSeq(spec) {
 		if kind, ok := strings.CutPrefix(field, name+":"); ok {
 			return kind
 		}
@@ -652,9 +633,9 @@ func kindOf(spec, name string) string {
 // parse checks parameters against spec, whose form route describes. The values are of
 // the types string, []string, bool and int; null is the same as nothing.
 func (s *Server) parse(given map[string]json.RawMessage, spec string) (map[string]any, error) {
-	for _, field := range strings.Fields(spec) {
-		name, kind, _ := strings.Cut(field, ":")
-		if _, ok := given[name]; !ok && strings.HasSuffix(kind, "!") {
+	for field := range strings.FieldsSeq(spec) {
+		name, _, _ := strings.Cut(field, ":")
+		if _, ok := given[name]; !ok && strings.HasSuffix(field, "!") {
 			return nil, badRequest(name, "missing_required_parameter", "Missing required parameter: '%s'.", name)
 		}
 	}
@@ -687,7 +668,7 @@ func (s *Server) parseValue(name, kind string, raw json.RawMessage) (any, error)
 		if err != nil {
 			return nil, wrongType("an integer")
 		}
-		if low, _ := strconv.Atoi(lowest); n < low && !s.lax {
+		if low, _ := strconv.Atoi(lowest); n < low && !(s.lax && name == "limit") {
 			return nil, badRequest(name, "integer_below_min_value", "Invalid '%s': integer below minimum value. Expected a value >= %d, but got %d instead.", name, low, n)
 		}
 		if high, _ := strconv.Atoi(highest); n > high {
@@ -695,20 +676,21 @@ func (s *Server) parseValue(name, kind string, raw json.RawMessage) (any, error)
 		}
 		return n, nil
 	}
+	var truth *bool
+	var list []*string
+	var text *string
 	switch kind {
 	case "bool":
-		var v bool
-		if string(raw) == "null" || json.Unmarshal(raw, &v) != nil {
+		if json.Unmarshal(raw, &truth) != nil || truth == nil {
 			return nil, wrongType("a boolean")
 		}
-		return v, nil
+		return *truth, nil
 	case "scopes":
-		var v []*string
-		if string(raw) == "null" || json.Unmarshal(raw, &v) != nil || slices.Contains(v, nil) {
+		if json.Unmarshal(raw, &list) != nil || list == nil || slices.Contains(list, nil) {
 			return nil, wrongType("an array of strings")
 		}
 		scopes := []string{}
-		for _, scope := range v {
+		for _, scope := range list {
 			if !scopePattern.MatchString(*scope) && !s.lax {
 				return nil, badRequest(name, "invalid_value", "Invalid scope: '%s'.", *scope)
 			}
@@ -716,28 +698,17 @@ func (s *Server) parseValue(name, kind string, raw json.RawMessage) (any, error)
 		}
 		return scopes, nil
 	}
-	var v string
-	if !bytes.HasPrefix(raw, []byte(`"`)) || json.Unmarshal(raw, &v) != nil {
+	if json.Unmarshal(raw, &text) != nil || text == nil {
 		return nil, wrongType("a string")
 	}
-	if kind == "string" && v == "" {
+	if *text == "" {
 		return nil, badRequest(name, "empty_string", "Invalid '%s': empty string. Expected a string with minimum length 1.", name)
 	}
-	if choices := strings.Split(kind, "|"); len(choices) > 1 && !slices.Contains(choices, v) {
-		return nil, badRequest(name, "invalid_value", "Invalid value: '%s'. Supported values are: '%s'.", v, strings.Join(choices, "', '"))
+	if choices := strings.Split(kind, "|"); len(choices) > 1 && !slices.Contains(choices, *text) {
+		return nil, badRequest(name, "invalid_value", "Invalid value: '%s'. Supported values are: '%s'.", *text, strings.Join(choices, "', '"))
 	}
-	return v, nil
+	return *text, nil
 }
-
-// object is what a list holds: admin keys, projects, accounts, project keys.
-type object interface {
-	ident() string
-	view() map[string]any
-}
-
-func (k *key) ident() string     { return k.id }
-func (a *account) ident() string { return a.id }
-func (p *project) ident() string { return p.id }
 
 func unixOrNull(t time.Time) any {
 	if t.IsZero() {
@@ -748,45 +719,44 @@ func unixOrNull(t time.Time) any {
 
 func (k *key) view() map[string]any {
 	v := map[string]any{
-		"object": "organization.admin_api_key", "id": k.id, "name": k.name, "redacted_value": k.redacted(),
-		"created_at": k.created.Unix(), "expires_at": unixOrNull(k.expires), "last_used_at": unixOrNull(k.used),
-	}
-	if k.account == nil {
-		v["owner"] = map[string]any{
+		"object": "organization.admin_api_key", "id": k.ID, "name": k.Name, "redacted_value": k.redacted(),
+		"created_at": k.Created.Unix(), "expires_at": unixOrNull(k.Expires), "last_used_at": unixOrNull(k.used),
+		"owner": map[string]any{
 			"type": "user", "object": "organization.user", "id": "user-sim", "name": "Simulated owner",
-			"created_at": k.created.Unix(), "role": "owner",
-		}
-		return v
+			"created_at": k.Created.Unix(), "role": "owner",
+		},
 	}
-	v["object"] = "organization.project.api_key"
-	v["owner_project_access"] = k.account.access()
-	owner := k.account.view()
-	delete(owner, "object")
-	v["owner"] = map[string]any{"type": "service_account", "service_account": owner}
+	if k.account != nil {
+		owner := k.account.view()
+		delete(owner, "object")
+		v["object"] = "organization.project.api_key"
+		v["owner"] = map[string]any{"type": "service_account", "service_account": owner}
+		v["owner_project_access"] = k.account.access()
+	}
 	return v
 }
 
-// secret is the one answer that shows the value of a service account's key.
+// secret is the only answer that shows the value of a service account's key.
 func (k *key) secret() map[string]any {
 	return map[string]any{
-		"object": "organization.project.service_account.api_key", "id": k.id, "name": k.name, "value": k.value,
-		"created_at": k.created.Unix(), "expires_at": unixOrNull(k.expires),
+		"object": "organization.project.service_account.api_key", "id": k.ID, "name": k.Name, "value": k.value,
+		"created_at": k.Created.Unix(), "expires_at": unixOrNull(k.Expires),
 	}
-}
-
-// access tells whether keys of the account can do anything, as OpenAI calls it.
-func (a *account) access() string {
-	if a.role == "none" {
-		return "inactive"
-	}
-	return "active"
 }
 
 func (a *account) view() map[string]any {
 	return map[string]any{
-		"object": "organization.project.service_account", "id": a.id, "name": a.name, "role": a.role,
+		"object": "organization.project.service_account", "id": a.ID, "name": a.Name, "role": a.Role,
 		"created_at": a.created.Unix(),
 	}
+}
+
+// access is owner_project_access: whether keys of the account can do anything.
+func (a *account) access() string {
+	if a.Role == "none" {
+		return "inactive"
+	}
+	return "active"
 }
 
 func (p *project) view() map[string]any {
@@ -804,87 +774,78 @@ func (p *project) view() map[string]any {
 }
 
 // page answers with the part of a list, which is in order of creation, that r asks for.
-func page[T object](s *Server, r *request, all []T) (any, error) {
-	cursor, from := -1, 0
-	if after, ok := r.query["after"].(string); ok {
-		if cursor, ok = s.order[after]; !ok && !s.lax {
-			return nil, badRequest("after", "invalid_value", "Invalid 'after': no object with id '%s'.", after)
-		} else if !ok {
-			cursor = -1
-		}
-	}
+func page[T object](s *Server, r *request, list []T) (any, error) {
 	if r.query["order"] == "desc" {
-		all = slices.Clone(all)
-		slices.Reverse(all)
-		for cursor >= 0 && from < len(all) && s.order[all[from].ident()] >= cursor {
-			from++
+		list = slices.Clone(list)
+		slices.Reverse(list)
+	}
+	if after, ok := r.query["after"].(string); ok {
+		cursor, ok := s.order[after]
+		if !ok && !s.lax {
+			return nil, badRequest("after", "invalid_value", "Invalid 'after': no object with id '%s'.", after)
 		}
-	} else {
-		for from < len(all) && s.order[all[from].ident()] <= cursor {
-			from++
+		for ok && len(list) > 0 && s.order[list[0].ident()] != cursor &&
+			(s.order[list[0].ident()] < cursor) == (r.query["order"] != "desc") {
+			list = list[1:]
+		}
+		if len(list) > 0 && list[0].ident() == after {
+			list = list[1:]
 		}
 	}
-	limit, ok := r.query["limit"].(int)
-	if !ok || limit < 1 {
-		limit = 20
-	}
-	to := min(from+limit, len(all))
-	list := map[string]any{"object": "list", "first_id": nil, "last_id": nil, "has_more": to < len(all)}
+	limit, _ := r.query["limit"].(int)
+	n := min(cmp.Or(max(limit, 0), 20), len(list))
 	data := []any{}
-	for _, item := range all[from:to] {
-		data = append(data, item.view())
+	for _, o := range list[:n] {
+		data = append(data, o.view())
 	}
-	if list["data"] = data; len(data) > 0 {
-		list["first_id"], list["last_id"] = all[from].ident(), all[to-1].ident()
+	answer := map[string]any{"object": "list", "data": data, "first_id": nil, "last_id": nil, "has_more": n < len(list)}
+	if n > 0 {
+		answer["first_id"], answer["last_id"] = list[0].ident(), list[n-1].ident()
 	}
-	return list, nil
+	return answer, nil
 }
 
-// expiry returns when a key that r makes or updates expires; zero: never. Its error is
+// life returns how long a key that r makes or updates lives; 0: for ever. Its error is
 // the organization's policy.
-func (s *Server) expiry(r *request) (time.Time, error) {
-	seconds, ok := r.body["expires_in_seconds"].(int)
-	if s.maxKeyLife > 0 && (!ok || seconds > s.maxKeyLife) {
-		return time.Time{}, badRequest("expires_in_seconds", "api_key_expiration_policy",
+func (s *Server) life(r *request) (time.Duration, error) {
+	seconds, _ := r.body["expires_in_seconds"].(int)
+	if s.maxKeyLife > 0 && (seconds == 0 || seconds > s.maxKeyLife) {
+		return 0, badRequest("expires_in_seconds", "api_key_expiration_policy",
 			"Your organization requires API keys to expire. 'expires_in_seconds' must be between 1 and %d.", s.maxKeyLife)
 	}
-	if !ok {
-		return time.Time{}, nil
-	}
-	return r.now.Add(time.Duration(seconds) * time.Second), nil
+	return time.Duration(seconds) * time.Second, nil
 }
+
+// show answers with what the path names.
+func (s *Server) show(r *request) (any, error) { return r.object.view(), nil }
 
 // deleted is the answer to a deletion.
-func deleted(object, id string) (any, error) {
-	return map[string]any{"object": object + ".deleted", "id": id, "deleted": true}, nil
+func deleted(o object) (any, error) {
+	return map[string]any{"object": o.view()["object"].(string) + ".deleted", "id": o.ident(), "deleted": true}, nil
 }
 
-func (s *Server) listModels(r *request) (any, error) {
-	return map[string]any{"object": "list", "data": []any{
-		map[string]any{"id": "gpt-sim", "object": "model", "created": 1700000000, "owned_by": "openaisim"},
-	}}, nil
+func (s *Server) listModels(*request) (any, error) {
+	model := map[string]any{"id": "gpt-sim", "object": "model", "created": 1700000000, "owned_by": "openaisim"}
+	return map[string]any{"object": "list", "data": []any{model}}, nil
 }
 
 func (s *Server) listAdminKeys(r *request) (any, error) { return page(s, r, s.admins) }
 
 func (s *Server) createAdminKey(r *request) (any, error) {
-	expires, err := s.expiry(r)
+	life, err := s.life(r)
 	if err != nil {
 		return nil, err
 	}
-	k := must(s.addKey("", nil, nil, "", r.body["name"].(string)))
-	k.expires = expires
+	k := must(s.addKey(nil, nil, "", r.body["name"].(string), "", life))
 	v := k.view()
 	v["value"] = k.value
 	return v, nil
 }
 
-func (s *Server) getKey(r *request) (any, error) { return r.target.view(), nil }
-
 func (s *Server) deleteAdminKey(r *request) (any, error) {
-	r.target.deleted = true
+	r.key.deleted = true
 	s.admins = slices.DeleteFunc(s.admins, func(k *key) bool { return k.deleted })
-	return deleted("organization.admin_api_key", r.target.id)
+	return deleted(r.key)
 }
 
 func (s *Server) listProjects(r *request) (any, error) {
@@ -906,8 +867,6 @@ func (s *Server) createProject(r *request) (any, error) {
 	p.residency, _ = r.body["residency"].(string)
 	return p.view(), nil
 }
-
-func (s *Server) getProject(r *request) (any, error) { return r.project.view(), nil }
 
 func (s *Server) updateProject(r *request) (any, error) {
 	if name, ok := r.body["name"].(string); ok {
@@ -936,26 +895,22 @@ func (s *Server) createAccount(r *request) (any, error) {
 		v["api_key"] = nil
 		return v, nil
 	}
-	expires, err := s.expiry(r)
+	life, err := s.life(r)
 	if err != nil {
 		return nil, err
 	}
 	a := must(s.addAccount(r.project, "", name, "member"))
-	k := must(s.addKey("", r.project, a, "", "Secret Key"))
-	k.expires = expires
 	v := a.view()
-	v["api_key"] = k.secret()
+	v["api_key"] = must(s.addKey(r.project, a, "", "Secret Key", "", life)).secret()
 	return v, nil
 }
 
-func (s *Server) getAccount(r *request) (any, error) { return r.account.view(), nil }
-
 func (s *Server) updateAccount(r *request) (any, error) {
 	if name, ok := r.body["name"].(string); ok {
-		r.account.name = name
+		r.account.Name = name
 	}
 	if role, ok := r.body["role"].(string); ok {
-		r.account.role = role
+		r.account.Role = role
 	}
 	return r.account.view(), nil
 }
@@ -963,30 +918,24 @@ func (s *Server) updateAccount(r *request) (any, error) {
 func (s *Server) deleteAccount(r *request) (any, error) {
 	r.project.deleteKeys(func(k *key) bool { return k.account == r.account })
 	r.project.accounts = slices.DeleteFunc(r.project.accounts, func(a *account) bool { return a == r.account })
-	return deleted("organization.project.service_account", r.account.id)
+	return deleted(r.account)
 }
 
 func (s *Server) createKey(r *request) (any, error) {
-	expires, err := s.expiry(r)
+	life, err := s.life(r)
 	if err != nil {
 		return nil, err
 	}
-	name, ok := r.body["name"].(string)
-	if !ok {
-		name = "Secret Key"
-	}
-	k := must(s.addKey("", r.project, r.account, "", name))
-	k.expires = expires
-	k.scopes, _ = r.body["scopes"].([]string)
+	name, _ := r.body["name"].(string)
+	k := must(s.addKey(r.project, r.account, "", cmp.Or(name, "Secret Key"), "", life))
+	k.Scopes, _ = r.body["scopes"].([]string)
 	return k.secret(), nil
 }
 
 func (s *Server) listKeys(r *request) (any, error) {
 	// Without the parameter OpenAI "may exclude some enabled keys".
-	access, ok := r.query["owner_project_access"].(string)
-	if !ok {
-		access = "active"
-	}
+	access, _ := r.query["owner_project_access"].(string)
+	access = cmp.Or(access, "active")
 	var list []*key
 	for _, k := range r.project.keys {
 		if access == "any" || access == k.account.access() {
@@ -999,26 +948,26 @@ func (s *Server) listKeys(r *request) (any, error) {
 func (s *Server) updateKey(r *request) (any, error) {
 	scopes, newScopes := r.body["scopes"].([]string)
 	_, newExpiry := r.body["expires_in_seconds"]
-	if !newScopes && !newExpiry {
+	switch {
+	case !newScopes && !newExpiry:
 		return nil, badRequest("", "missing_required_parameter", "Provide at least one of 'scopes' and 'expires_in_seconds'.")
-	}
-	if r.target.expired(r.now) {
+	case r.key.expired(r.now):
 		return nil, badRequest("", "api_key_expired", "Expired API keys cannot be updated.")
 	}
 	if newExpiry {
-		expires, err := s.expiry(r)
+		life, err := s.life(r)
 		if err != nil {
 			return nil, err
 		}
-		r.target.expires = expires
+		r.key.Expires = r.now.Add(life)
 	}
 	if newScopes {
-		r.target.scopes = scopes
+		r.key.Scopes = scopes
 	}
-	return r.target.view(), nil
+	return r.key.view(), nil
 }
 
 func (s *Server) deleteKey(r *request) (any, error) {
-	r.project.deleteKeys(func(k *key) bool { return k == r.target })
-	return deleted("organization.project.api_key", r.target.id)
+	r.project.deleteKeys(func(k *key) bool { return k == r.key })
+	return deleted(r.key)
 }
