@@ -4,16 +4,24 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -23,17 +31,20 @@ type backend struct {
 
 	transport http.RoundTripper // shared by all clients of the mount
 	throttle  *throttle         // likewise
+	metrics   *metrics
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from
-	// reading config to writing it: config writes, rotations, and their rollback.
-	configMu sync.Mutex
-	// retryRotation is when a scheduled rotation that failed may be tried again, and
-	// rotationFailures how often it failed in a row. Guarded by configMu.
-	retryRotation    time.Time
-	rotationFailures int
+	// reading config to writing it: config writes, rotations, and their rollback. It
+	// guards what is about the schedule of rotations:
+	configMu         sync.Mutex
+	retryRotation    time.Time // when a rotation that failed may be tried again
+	rotationFailures int       // in a row
+	expiryWarned     time.Time // when the log was last told that the admin key ends soon
 
 	mu     sync.RWMutex
 	client *client // of the stored config; nil until it is needed. Guarded by mu.
+
+	sweepFrom string // the clean-up entry that the next sweep begins after; only periodic uses it
 }
 
 // errNotConfigured is what everything that needs OpenAI answers without a config.
@@ -50,7 +61,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 }
 
 func newBackend(transport http.RoundTripper) *backend {
-	b := &backend{transport: transport, throttle: newThrottle()}
+	b := &backend{transport: transport, throttle: newThrottle(), metrics: &metrics{}}
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		RunningVersion: version,
@@ -59,10 +70,11 @@ func newBackend(transport http.RoundTripper) *backend {
 			pathConfig(b),
 			pathRoles(b),
 			pathCreds(b),
+			pathMetrics(b),
 		),
 		Secrets: []*framework.Secret{secretAPIKey(b)},
 		PathsSpecial: &logical.Paths{
-			LocalStorage:    []string{framework.WALPrefix},
+			LocalStorage:    []string{framework.WALPrefix, cleanupPrefix},
 			SealWrapStorage: []string{configPath},
 		},
 		Invalidate:        b.invalidate,
@@ -75,12 +87,22 @@ func newBackend(transport http.RoundTripper) *backend {
 	return b
 }
 
+// invalidInput is the framework's error for a value of the wrong type, which it quotes.
+var invalidInput = regexp.MustCompile(`^Field validation failed: .* for field "([a-z_]+)"`)
+
 // HandleRequest bounds every request: Vault gives most of them no deadline of their
 // own. Once the time is up a handler leaves its write-ahead-log entries to rollback.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	return b.Backend.HandleRequest(ctx, req)
+	resp, err := b.Backend.HandleRequest(ctx, req)
+	if err == nil && resp.IsError() {
+		// A value of the wrong type may be a key: say what is allowed instead.
+		if m := invalidInput.FindStringSubmatch(resp.Error().Error()); m != nil {
+			return logical.ErrorResponse("%s does not take this value: %s", m[1], b.Route(req.Path).Fields[m[1]].Description), nil
+		}
+	}
+	return resp, err
 }
 
 // invalidate drops what is cached of a storage entry that another node has changed.
@@ -126,7 +148,7 @@ func (b *backend) acquireClient(ctx context.Context, s logical.Storage) (*client
 		if cfg == nil {
 			return nil, errNotConfigured
 		}
-		b.client = newClient(cfg, b.transport, b.throttle)
+		b.client = b.newClient(cfg)
 	}
 	b.client.inflight.Add(1)
 	return b.client, nil
@@ -163,24 +185,27 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, fn func(*cli
 
 // Kinds of write-ahead-log entries.
 const (
-	walServiceAccount = "service_account" // data: walAccount
-	walAdminKey       = "admin_api_key"   // data: walKey
+	walCredential = "credential"    // data: pendingCredential
+	walAdminKey   = "admin_api_key" // data: pendingAdminKey
 )
 
-// walMinAge is how old an entry must be before it is rolled back. A request ends within
-// requestTimeout, so one that is older belongs to no request that may still succeed.
-const walMinAge = 2 * time.Minute
+const (
+	// walMinAge is how old an entry must be before it is rolled back. A request ends within
+	// requestTimeout, so one that is older belongs to no request that may still succeed. It
+	// is short because disabling the mount throws younger entries away.
+	walMinAge = 2 * time.Minute
+	// walGrace is how long after its key must have expired the rollback of a credential is
+	// still tried.
+	walGrace = 24 * time.Hour
+)
 
-// walAccount is written before a service account is made and deleted when its answer is
-// on the way to the caller. Names are unique, ids are not known yet.
-type walAccount struct {
-	ProjectID string `json:"project_id"`
-	Name      string `json:"name"`
-}
-
-// walKey is the same for an admin key that a rotation makes.
-type walKey struct {
-	Name string `json:"name"`
+// pendingCredential is written before an account or a key is made and deleted when the
+// answer is on the way to the caller. Names are unique; ids are not known yet.
+type pendingCredential struct {
+	ProjectID        string    `json:"project_id"`
+	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only a key is made
+	Name             string    `json:"name"`
+	Expires          time.Time `json:"expires,omitzero"` // the key does not outlive this; zero: it may
 }
 
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault
@@ -188,55 +213,410 @@ type walKey struct {
 func (b *backend) rollback(ctx context.Context, req *logical.Request, kind string, data any) error {
 	var err error
 	switch kind {
-	case walServiceAccount:
-		var w walAccount
-		if err = decodeWAL(data, &w); err == nil {
-			err = b.rollbackAccount(ctx, req.Storage, w)
+	case walCredential:
+		var p pendingCredential
+		if err = decode(data, &p); err == nil {
+			err = b.rollbackCredential(ctx, req.Storage, p)
 		}
 	case walAdminKey:
-		var w walKey
-		if err = decodeWAL(data, &w); err == nil {
-			err = b.rollbackAdminKey(ctx, req.Storage, w)
+		var p pendingAdminKey
+		if err = decode(data, &p); err == nil {
+			err = b.rollbackAdminKey(ctx, req.Storage, p)
 		}
 	default:
 		err = fmt.Errorf("unknown kind of write-ahead-log entry %q", kind)
 	}
+	b.metrics.add(metricRollbacks, 1, "kind", kind, "result", result(err))
 	if err != nil {
 		b.Logger().Error("rollback failed, will be tried again", "kind", kind, "error", err)
 	}
 	return err
 }
 
-// decodeWAL reads the data of an entry, which comes back as a map.
-func decodeWAL(data, out any) error {
+// decode reads what storage gives back as a map.
+func decode(data, out any) error {
 	raw, err := json.Marshal(data)
 	if err == nil {
 		err = json.Unmarshal(raw, out)
 	}
+	return err
+}
+
+// rollbackCredential deletes the account or key of a create whose end nobody saw. Finding
+// none is success: it was never made, or went with its project.
+func (b *backend) rollbackCredential(ctx context.Context, s logical.Storage, p pendingCredential) error {
+	err := b.useClient(ctx, s, func(c *client) error {
+		find, remove := c.serviceAccountsNamed, c.deleteServiceAccount
+		if p.ServiceAccountID != "" {
+			remove = c.deleteAPIKey
+			find = func(ctx context.Context, projectID, name string) ([]string, error) {
+				return c.apiKeysNamed(ctx, projectID, p.ServiceAccountID, name)
+			}
+		}
+		ids, err := find(ctx, p.ProjectID, p.Name)
+		if isNotFound(err) || c.projectGone(ctx, p.ProjectID, err) {
+			return nil
+		}
+		for _, id := range ids {
+			if err := remove(ctx, p.ProjectID, id); err != nil {
+				return fmt.Errorf("deleting %q: %w", id, err)
+			}
+			b.Logger().Info("rolled back a credential that was never handed out", "project_id", p.ProjectID, "name", p.Name, "id", id)
+		}
+		return err
+	})
+	if err != nil && !p.Expires.IsZero() && time.Since(p.Expires) > walGrace {
+		b.Logger().Error("gave up a rollback: the key has expired, but its account may still exist",
+			"project_id", p.ProjectID, "name", p.Name, "error", err)
+		return nil
+	}
+	return err
+}
+
+const (
+	// cleanupPrefix is where what a failing revocation left at OpenAI is remembered.
+	cleanupPrefix = "cleanup/"
+	// maxRevokeFailures is after how many failures the plugin takes a revocation over. Vault
+	// gives up at its sixth, and would then try once a day.
+	maxRevokeFailures = 5
+	revokeTimeout     = 60 * time.Second // of the calls of a revocation: leaves time to remember it
+	sweepWorkers      = 16
+)
+
+// cleanup is the storage entry "cleanup/<id>" of a credential that could not be revoked.
+type cleanup struct {
+	lease
+	Failures int `json:"failures"`
+}
+
+// key is unique to the credential.
+func (l *lease) key() string {
+	if l.KeyOnly {
+		return l.APIKeyID
+	}
+	return l.ServiceAccountID
+}
+
+// deleteCredential deletes what a lease stands for at OpenAI.
+func (b *backend) deleteCredential(ctx context.Context, s logical.Storage, l *lease) error {
+	return b.useClient(ctx, s, func(c *client) error {
+		if l.KeyOnly {
+			return c.deleteAPIKey(ctx, l.ProjectID, l.APIKeyID)
+		}
+		return c.deleteServiceAccount(ctx, l.ProjectID, l.ServiceAccountID)
+	})
+}
+
+// rememberCleanup counts a failed revocation and returns the count. From here on sweep
+// tries too.
+func (b *backend) rememberCleanup(ctx context.Context, s logical.Storage, l *lease) (failures int, err error) {
+	c := cleanup{lease: *l}
+	entry, err := s.Get(ctx, cleanupPrefix+l.key())
+	if err == nil && entry != nil {
+		err = entry.DecodeJSON(&c)
+	}
 	if err != nil {
-		return fmt.Errorf("reading write-ahead-log entry: %w", err)
+		return 0, fmt.Errorf("reading clean-up entry: %w", err)
+	}
+	c.Failures++
+	entry, err = logical.StorageEntryJSON(cleanupPrefix+l.key(), c)
+	if err == nil {
+		err = s.Put(ctx, entry)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("storing clean-up entry: %w", err)
+	}
+	return c.Failures, nil
+}
+
+// sweep works clean-up entries off until ctx ends, beginning where the last one stopped.
+// They belong to this cluster's leases, so that it runs on performance secondaries too.
+func (b *backend) sweep(ctx context.Context, s logical.Storage) {
+	ids, err := s.List(ctx, cleanupPrefix)
+	if err != nil {
+		b.Logger().Error("listing clean-up entries failed", "error", err)
+		return
+	}
+	b.metrics.cleanups.Store(int64(len(ids)))
+	start, found := slices.BinarySearch(ids, b.sweepFrom)
+	if found {
+		start++
+	}
+	ids = append(ids[start:], ids[:start]...)
+
+	var next atomic.Int64
+	var workers sync.WaitGroup
+	for range min(sweepWorkers, len(ids)) {
+		workers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(ids)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+				err := b.sweepOne(ctx, s, ids[i])
+				b.metrics.add(metricSweeps, 1, "result", result(err))
+				if err != nil {
+					b.Logger().Warn("clean-up failed, will be tried again", "id", ids[i], "error", err)
+				}
+			}
+		})
+	}
+	workers.Wait()
+	if n := min(int(next.Load()), len(ids)); n > 0 {
+		b.sweepFrom = ids[n-1]
+	}
+}
+
+// sweepOne deletes what an entry stands for, and then the entry.
+func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) error {
+	entry, err := s.Get(ctx, cleanupPrefix+id)
+	if err != nil || entry == nil {
+		return err
+	}
+	var c cleanup
+	if err := entry.DecodeJSON(&c); err != nil {
+		return fmt.Errorf("decoding: %w", err)
+	}
+	if err := b.deleteCredential(ctx, s, &c.lease); err != nil {
+		return err
+	}
+	if err := s.Delete(ctx, cleanupPrefix+id); err != nil {
+		return err
+	}
+	b.metrics.cleanups.Add(-1)
+	b.Logger().Info("cleaned up a credential whose revocation had failed", "project_id", c.ProjectID,
+		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
+	return nil
+}
+
+const periodicTimeout = 30 * time.Second // of one tick: Vault's state lock is held meanwhile
+
+// periodic is called by Vault about every minute, on every node. Its work is bounded
+// and its errors are only logged: Vault would drop them.
+func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
+	ctx, cancel := context.WithTimeout(ctx, periodicTimeout)
+	defer cancel()
+	if b.WriteSafeReplicationState() {
+		b.rotatePeriodically(ctx, req)
+	}
+	if !b.System().ReplicationState().HasState(consts.ReplicationDRSecondary | consts.ReplicationPerformanceStandby) {
+		b.sweep(ctx, req.Storage)
 	}
 	return nil
 }
 
-// rollbackAccount deletes the account of a create whose end nobody saw. Finding none is
-// success: it was never made, or went with its project.
-func (b *backend) rollbackAccount(ctx context.Context, s logical.Storage, w walAccount) error {
-	return b.useClient(ctx, s, func(c *client) error {
-		ids, err := c.serviceAccountsNamed(ctx, w.ProjectID, w.Name)
-		if err != nil {
-			if isNotFound(err) || c.projectGone(ctx, w.ProjectID, err) {
-				return nil
-			}
-			return fmt.Errorf("looking for service account %q: %w", w.Name, err)
+// change names a change of state as the log, Vault's observations and its events do.
+type change struct {
+	log         string
+	observation string // below openai/; a failure ends in /fail
+	event       string // below openai/; a failure ends in -fail
+	detail      bool   // log a success at debug level only
+}
+
+var (
+	credIssued    = change{"credential issued", "credential/create/success", "creds-create", true}
+	credRenewed   = change{"credential renewed", "credential/renew", "creds-renew", true}
+	credRevoked   = change{"credential revoked", "credential/revoke", "creds-revoke", true}
+	roleWritten   = change{"role written", "role/write", "role-write", false}
+	roleDeleted   = change{"role deleted", "role/delete", "role-delete", false}
+	configWritten = change{"config written", "config/write", "config-write", false}
+	configDeleted = change{"config deleted", "config/delete", "config-delete", false}
+	keyRotated    = change{"admin API key rotated", "rotate-root/success", "rotate-root", false}
+)
+
+// report tells of a change, or of err that kept it from happening: in the log, and as an
+// observation and an event, which Vault drops where it does not have them. pairs are
+// names and values, plain and never secret.
+func (b *backend) report(ctx context.Context, req *logical.Request, c change, err error, pairs ...any) {
+	log, text, observation, event := b.Logger().Info, c.log, c.observation, c.event
+	pairs = append(pairs, "request_id", req.ID)
+	switch {
+	case err != nil:
+		pairs = append(pairs, "error", err.Error())
+		log, text, event = b.Logger().Warn, "failed: "+c.log, c.event+"-fail"
+		observation = strings.TrimSuffix(c.observation, "/success") + "/fail"
+	case c.detail:
+		log = b.Logger().Debug
+	}
+	log(text, pairs...)
+
+	data := make(map[string]any, len(pairs)/2)
+	metadata := []string{
+		logical.EventMetadataModified, strconv.FormatBool(err == nil),
+		logical.EventMetadataOperation, event, "path", req.Path,
+	}
+	for i := 0; i+1 < len(pairs); i += 2 {
+		name, value := fmt.Sprint(pairs[i]), fmt.Sprint(pairs[i+1])
+		data[name] = value
+		metadata = append(metadata, name, value)
+	}
+	_ = b.RecordObservationWithRequest(ctx, req, "openai/"+observation, data)
+	_ = logical.SendEvent(ctx, b, "openai/"+event, metadata...)
+}
+
+// failure returns what a handler's answer says went wrong; nil: nothing.
+func failure(resp *logical.Response, err error) error {
+	if err == nil && resp.IsError() {
+		err = resp.Error()
+	}
+	return err
+}
+
+// result is the metrics' label for err.
+func result(err error) string {
+	if err != nil {
+		return "failure"
+	}
+	return "success"
+}
+
+// Names of the metrics that count, without metricPrefix.
+const (
+	metricPrefix        = "vault_openai_"
+	metricCredentials   = "credential_operations_total"
+	metricHandedOver    = "revocations_handed_over_total"
+	metricRequests      = "api_requests_total"
+	metricDuration      = "api_request_duration_seconds"
+	metricRetries       = "api_retries_total"
+	metricRateLimitWait = "api_rate_limit_wait_seconds_total"
+	metricRotations     = "rotations_total"
+	metricRollbacks     = "rollbacks_total"
+	metricSweeps        = "cleanups_total"
+)
+
+// family is a metric as the metrics path shows it.
+type family struct {
+	name, kind, help string
+	labels           []string
+}
+
+var families = []family{
+	{metricCredentials, "counter", "Credentials issued, renewed and revoked.", []string{"role", "operation", "result"}},
+	{metricHandedOver, "counter", "Revocations taken over from Vault after repeated failures.", nil},
+	{metricRequests, "counter", "Requests sent to OpenAI, retries included, by HTTP status; error: no answer.", []string{"operation", "status"}},
+	{metricDuration, "histogram", "Duration of a request to OpenAI, waits not included.", []string{"operation"}},
+	{metricRetries, "counter", "Requests repeated, by the HTTP status of the one before; connection: no answer.", []string{"reason"}},
+	{metricRateLimitWait, "counter", "Time that calls spent waiting for OpenAI's rate limit.", nil},
+	{metricRotations, "counter", "Rotations of the admin API key.", []string{"trigger", "result"}},
+	{metricRollbacks, "counter", "Rollbacks of write-ahead-log entries.", []string{"kind", "result"}},
+	{metricSweeps, "counter", "Attempts to clean up what failed revocations left.", []string{"result"}},
+	{"cleanups_pending", "gauge", "Credentials whose revocation failed and that wait for clean-up.", nil},
+	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", nil},
+	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", nil},
+	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", nil},
+	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", nil},
+	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", []string{"version", "goversion"}},
+}
+
+// durationBuckets are the upper bounds of metricDuration's buckets, in seconds.
+var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
+
+// maxSeries bounds the memory that metrics take: credentials of further roles are counted
+// with role "other".
+const maxSeries = 5000
+
+// metrics counts what a mount does, since the plugin's process has started. It takes no
+// lock once a series exists.
+type metrics struct {
+	series   sync.Map     // [2]string, a name and its labels as Prometheus writes them, to *atomic.Int64
+	size     atomic.Int64 // of series
+	cleanups atomic.Int64 // entries below cleanupPrefix
+}
+
+// add counts n more, nanoseconds where the unit is seconds. labels are names and values.
+func (m *metrics) add(name string, n int64, labels ...string) {
+	value, ok := m.series.Load([2]string{name, labelText(labels)})
+	if !ok {
+		if m.size.Add(1) > maxSeries && name == metricCredentials {
+			labels[1] = "other"
 		}
-		for _, id := range ids {
-			if err := c.deleteServiceAccount(ctx, w.ProjectID, id); err != nil {
-				return fmt.Errorf("deleting service account %q: %w", id, err)
-			}
-			b.Logger().Info("rolled back a service account that was never handed out",
-				"project_id", w.ProjectID, "service_account", w.Name, "service_account_id", id)
+		value, _ = m.series.LoadOrStore([2]string{name, labelText(labels)}, new(atomic.Int64))
+	}
+	value.(*atomic.Int64).Add(n)
+}
+
+var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
+
+// labelText writes labels, names and values, as Prometheus' text format has them.
+func labelText(labels []string) string {
+	text := ""
+	for i := 0; i+1 < len(labels); i += 2 {
+		text += "," + labels[i] + `="` + labelEscaper.Replace(labels[i+1]) + `"`
+	}
+	return strings.TrimPrefix(text, ",")
+}
+
+// observe counts a request to OpenAI that took d.
+func (m *metrics) observe(operation string, d time.Duration) {
+	for _, bound := range durationBuckets {
+		if d.Seconds() <= bound {
+			m.add(metricDuration+"_bucket", 1, "operation", operation, "le", fmt.Sprint(bound))
 		}
-		return nil
+	}
+	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", "+Inf")
+	m.add(metricDuration+"_sum", int64(d), "operation", operation)
+	m.add(metricDuration+"_count", 1, "operation", operation)
+}
+
+// gather returns the values by name and by labels.
+func (b *backend) gather(ctx context.Context, s logical.Storage) (map[string]map[string]float64, error) {
+	all := map[string]map[string]float64{}
+	set := func(name, labels string, value float64) {
+		if all[name] == nil {
+			all[name] = map[string]float64{}
+		}
+		all[name][labels] = value
+	}
+	set(metricHandedOver, "", 0)
+	set(metricRateLimitWait, "", 0)
+	b.metrics.series.Range(func(k, v any) bool {
+		key, value := k.([2]string), float64(v.(*atomic.Int64).Load())
+		if key[0] == metricRateLimitWait || key[0] == metricDuration+"_sum" {
+			value /= float64(time.Second)
+		}
+		set(key[0], key[1], value)
+		return true
 	})
+	set("cleanups_pending", "", float64(b.metrics.cleanups.Load()))
+	set("build_info", labelText([]string{"version", version, "goversion", runtime.Version()}), 1)
+	cfg, err := getConfig(ctx, s)
+	if err != nil || cfg == nil {
+		return all, err
+	}
+	set("admin_keys_pending_deletion", "", float64(len(cfg.PendingDeletion)))
+	for name, t := range map[string]time.Time{
+		"admin_key_last_rotation_timestamp_seconds": cfg.LastRotatedTime,
+		"admin_key_next_rotation_timestamp_seconds": cfg.nextRotation(time.Now()),
+		"admin_key_expiry_timestamp_seconds":        cfg.AdminKeyExpires,
+	} {
+		if !t.IsZero() {
+			set(name, "", float64(t.Unix()))
+		}
+	}
+	return all, nil
+}
+
+// series returns the names of the family's series: a histogram has three.
+func (f family) series() []string {
+	if f.kind == "histogram" {
+		return []string{f.name + "_bucket", f.name + "_sum", f.name + "_count"}
+	}
+	return []string{f.name}
+}
+
+// prometheus writes all in Prometheus' text format, version 0.0.4.
+func prometheus(all map[string]map[string]float64) []byte {
+	var out bytes.Buffer
+	for _, f := range families {
+		if len(all[f.series()[0]]) == 0 {
+			continue
+		}
+		fmt.Fprintf(&out, "# HELP %s%s %s\n# TYPE %s%s %s\n", metricPrefix, f.name, f.help, metricPrefix, f.name, f.kind)
+		for _, name := range f.series() {
+			for _, labels := range slices.Sorted(maps.Keys(all[name])) {
+				value := strconv.FormatFloat(all[name][labels], 'f', -1, 64)
+				if labels != "" {
+					labels = "{" + labels + "}"
+				}
+				fmt.Fprintf(&out, "%s%s%s %s\n", metricPrefix, name, labels, value)
+			}
+		}
+	}
+	return out.Bytes()
 }

@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -35,6 +36,8 @@ const (
 	maxPause       = 60 * time.Second // longest wait that a Retry-After can ask for
 	maxAnswer      = 1 << 20          // bytes of an answer that are read
 	maxCalls       = 64               // calls of one mount at once; Vault sends up to 200 revocations together
+	paceWindow     = 10 * time.Second // over which OpenAI's pace is measured
+	maxInterval    = time.Second      // slowest pace that is kept by itself
 )
 
 // client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration)
@@ -43,6 +46,7 @@ type client struct {
 	config    config
 	http      *http.Client
 	throttle  *throttle
+	metrics   *metrics
 	userAgent string
 
 	// inflight counts the users of this client. backend.useClient adds to it while
@@ -65,7 +69,7 @@ func newTransport() *http.Transport {
 }
 
 // newClient returns a client for cfg, which it copies.
-func newClient(cfg *config, transport http.RoundTripper, t *throttle) *client {
+func (b *backend) newClient(cfg *config) *client {
 	agent := "vault-plugin-secrets-openai"
 	if version != "" {
 		agent += "/" + version
@@ -73,54 +77,99 @@ func newClient(cfg *config, transport http.RoundTripper, t *throttle) *client {
 	return &client{
 		config: *cfg,
 		http: &http.Client{
-			Transport: transport,
+			Transport: b.transport,
 			// A redirect would carry the admin key to a host that nobody configured.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
-		throttle:  t,
+		throttle:  b.throttle,
+		metrics:   b.metrics,
 		userAgent: agent,
 	}
 }
 
-// throttle bounds the calls of one mount and makes them wait together when OpenAI
-// says that its rate limit is reached.
+// throttle bounds the calls of one mount. When OpenAI says that its rate limit is
+// reached, all of them wait together and then go on one after the other, first come
+// first served, at the pace at which OpenAI was seen to answer.
 type throttle struct {
-	slots chan struct{} // one for each call under way
+	slots chan struct{} // holds one for each call under way, its waits included
+	gate  chan struct{} // holds one while a call waits for its turn; the next ones queue
 
-	mu    sync.Mutex
-	until time.Time // no call starts before this time
+	mu       sync.Mutex    // guards what follows
+	until    time.Time     // end of the pause that OpenAI asked for
+	next     time.Time     // no attempt starts before this time either
+	interval time.Duration // between the starts of two attempts; 0 while there is no limit
+	since    time.Time     // answered counts from this time on
+	answered int64
 }
 
-func newThrottle() *throttle { return &throttle{slots: make(chan struct{}, maxCalls)} }
+func newThrottle() *throttle {
+	return &throttle{slots: make(chan struct{}, maxCalls), gate: make(chan struct{}, 1)}
+}
 
-// acquire waits for a free place and for the end of a pause. Its error is ctx's.
+// acquire waits for a free slot. Its error is ctx's.
 func (t *throttle) acquire(ctx context.Context) error {
 	select {
 	case t.slots <- struct{}{}:
+		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-	for {
-		t.mu.Lock()
-		wait := time.Until(t.until)
-		t.mu.Unlock()
-		if wait <= 0 {
-			return nil
-		}
-		if err := sleep(ctx, wait); err != nil {
-			t.release()
-			return err
-		}
 	}
 }
 
 func (t *throttle) release() { <-t.slots }
 
-// pause lets no call start for d.
-func (t *throttle) pause(d time.Duration) {
+// turn waits until an attempt may start. Its error is ctx's.
+func (t *throttle) turn(ctx context.Context) error {
+	select {
+	case t.gate <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-t.gate }()
+	for {
+		t.mu.Lock()
+		now := time.Now()
+		wait := max(t.until.Sub(now), t.next.Sub(now))
+		if wait <= 0 {
+			t.next = now.Add(t.interval)
+		}
+		t.mu.Unlock()
+		if wait <= 0 {
+			return nil
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+	}
+}
+
+// passed counts an attempt that met no rate limit, and quickens the pace by a hundredth.
+func (t *throttle) passed() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if until := time.Now().Add(d); until.After(t.until) {
+	if now := time.Now(); now.Sub(t.since) > paceWindow {
+		t.since, t.answered = now, 0
+	}
+	t.answered++
+	if t.interval -= t.interval / 100; t.interval < time.Millisecond {
+		t.interval = 0
+	}
+}
+
+// limited pauses all calls for d. The first refusal after a pause also sets the pace.
+func (t *throttle) limited(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	now := time.Now()
+	if now.After(t.until) {
+		pace := 2*t.interval + 10*time.Millisecond
+		if t.answered > 0 {
+			pace = now.Sub(t.since) / time.Duration(t.answered)
+		}
+		t.interval = min(max(t.interval, pace), maxInterval)
+		t.since, t.answered = now, 0
+	}
+	if until := now.Add(d); until.After(t.until) {
 		t.until = until
 	}
 }
@@ -144,6 +193,7 @@ type apiError struct {
 	Status    int    // HTTP status; 2xx when the answer could not be used
 	Type      string // e.g. invalid_request_error; empty when the answer was not in OpenAI's form
 	Code      string // e.g. invalid_api_key; may be empty
+	Param     string // the request's field that is at fault; may be empty
 	Message   string
 	RequestID string // x-request-id, which OpenAI's support asks for
 
@@ -234,6 +284,7 @@ func (c *client) clean(text string) string {
 
 // call is one operation of the Admin API.
 type call struct {
+	name   string // as metrics show it
 	method string
 	path   string // escaped, below the endpoint
 	in     any    // request body, marshalled for each attempt; nil: none
@@ -244,34 +295,53 @@ type call struct {
 }
 
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are
-// *apiError, *transportError and ctx's own.
+// *apiError and *transportError.
 func (c *client) do(ctx context.Context, op call) error {
+	waiting := func(err error) error {
+		return &transportError{text: "waiting to call OpenAI: " + err.Error(), err: err}
+	}
+	if err := c.throttle.acquire(ctx); err != nil {
+		return waiting(err)
+	}
+	defer c.throttle.release()
+	var last error
 	backoff := minBackoff
 	for attempt := 1; ; attempt++ {
+		start := time.Now()
+		if err := c.throttle.turn(ctx); err != nil {
+			return cmp.Or(last, waiting(err))
+		}
+		if waited := time.Since(start); waited > time.Millisecond {
+			c.metrics.add(metricRateLimitWait, int64(waited))
+		}
 		err := c.attempt(ctx, op)
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
 		// Half of the wait is random, so that callers do not come back in step.
-		wait := backoff/2 + rand.N(backoff/2)
+		wait, reason := backoff/2+rand.N(backoff/2), "connection"
 		var e *apiError
-		if errors.As(err, &e) && e.retryAfter > 0 {
-			wait = min(e.retryAfter, maxPause)
+		if errors.As(err, &e) {
+			reason = strconv.Itoa(e.Status)
+			if e.retryAfter > 0 {
+				wait = e.retryAfter
+			}
 		}
 		limited := isStatus(err, http.StatusTooManyRequests)
-		if !op.retryable(err) || !limited && attempt >= maxAttempts {
-			return err
-		}
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
-			return err
-		}
 		if limited {
-			c.throttle.pause(wait)
+			c.throttle.limited(wait)
+		}
+		deadline, bounded := ctx.Deadline()
+		switch {
+		case !op.retryable(err), !limited && attempt >= maxAttempts, bounded && time.Until(deadline) < wait:
+			return err
+		case limited:
 			attempt--
-		} else if err := sleep(ctx, wait); err != nil {
+		case sleep(ctx, wait) != nil:
 			return err
 		}
-		backoff = min(2*backoff, maxBackoff)
+		last, backoff = err, min(2*backoff, maxBackoff)
+		c.metrics.add(metricRetries, 1, "reason", reason)
 	}
 }
 
@@ -294,11 +364,12 @@ func (op call) retryable(err error) bool {
 }
 
 // attempt makes one HTTP exchange.
-func (c *client) attempt(ctx context.Context, op call) error {
-	if err := c.throttle.acquire(ctx); err != nil {
-		return &transportError{text: "waiting to call OpenAI: " + err.Error(), err: err}
-	}
-	defer c.throttle.release()
+func (c *client) attempt(ctx context.Context, op call) (err error) {
+	start, status := time.Now(), "error"
+	defer func() {
+		c.metrics.add(metricRequests, 1, "operation", op.name, "status", status)
+		c.metrics.observe(op.name, time.Since(start))
+	}()
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
 
@@ -326,6 +397,10 @@ func (c *client) attempt(ctx context.Context, op call) error {
 		return c.transportError(err)
 	}
 	defer resp.Body.Close()
+	status = strconv.Itoa(resp.StatusCode)
+	if resp.StatusCode != http.StatusTooManyRequests {
+		c.throttle.passed()
+	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return c.transportError(err)
@@ -367,16 +442,16 @@ func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 		var body struct {
 			Error struct {
 				Message, Type string
-				Code          any
+				Code, Param   any
 			}
 		}
 		e.Message = http.StatusText(resp.StatusCode)
 		if json.Unmarshal(raw, &body) == nil && body.Error.Message != "" {
 			e.Message = c.clean(body.Error.Message)
 			e.Type = c.clean(body.Error.Type)
-			if code, ok := body.Error.Code.(string); ok {
-				e.Code = c.clean(code)
-			}
+			code, _ := body.Error.Code.(string)
+			param, _ := body.Error.Param.(string)
+			e.Code, e.Param = c.clean(code), c.clean(param)
 		}
 	case json.Unmarshal(raw, out) != nil:
 		// The decoder's error would quote the answer.
@@ -414,12 +489,23 @@ func apiPath(segments ...string) string {
 }
 
 // invalid returns the error for a successful answer that lacks what it must hold.
-func invalid(what string) error {
-	return &apiError{Status: http.StatusOK, Message: "the answer has no " + what}
+func invalid(op string) error {
+	return &apiError{Status: http.StatusOK, Message: "the answer to " + op + " lacks what it must hold"}
+}
+
+// ask makes the call and returns its answer, which must be valid.
+func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*T, error) {
+	answer := new(T)
+	op.out = answer
+	err := c.do(ctx, op)
+	if err == nil && !valid(answer) {
+		err = invalid(op.name)
+	}
+	return answer, err
 }
 
 // listAll calls visit for each entry of a list, over all its pages.
-func listAll[T any](ctx context.Context, c *client, path string, visit func(T)) error {
+func listAll[T any](ctx context.Context, c *client, name, path string, visit func(T)) error {
 	after := ""
 	for {
 		var page struct {
@@ -431,7 +517,7 @@ func listAll[T any](ctx context.Context, c *client, path string, visit func(T)) 
 		if after != "" {
 			query += "&after=" + url.QueryEscape(after)
 		}
-		if err := c.do(ctx, call{method: http.MethodGet, path: path + query, out: &page, repeatable: true}); err != nil {
+		if err := c.do(ctx, call{name: name, method: http.MethodGet, path: path + query, out: &page, repeatable: true}); err != nil {
 			return err
 		}
 		for _, entry := range page.Data {
@@ -441,22 +527,37 @@ func listAll[T any](ctx context.Context, c *client, path string, visit func(T)) 
 			return nil
 		}
 		if page.LastID == "" || page.LastID == after {
-			return invalid("last_id, though there are more pages")
+			return invalid(name)
 		}
 		after = page.LastID
 	}
 }
 
-// remove deletes what is at path and checks that OpenAI says so.
-func (c *client) remove(ctx context.Context, path string) error {
-	var answer struct{ Deleted bool }
-	if err := c.do(ctx, call{method: http.MethodDelete, path: path, out: &answer, repeatable: true}); err != nil {
-		return err
+// remove deletes what is at path and checks that OpenAI says so. What is gone already
+// is no error.
+func (c *client) remove(ctx context.Context, name, path string) error {
+	type answer struct{ Deleted bool }
+	_, err := ask(ctx, c, call{name: name, method: http.MethodDelete, path: path, repeatable: true},
+		func(a *answer) bool { return a.Deleted })
+	if isNotFound(err) {
+		return nil
 	}
-	if !answer.Deleted {
-		return invalid("deleted: true")
+	return err
+}
+
+// expiring adds a key's expiry to the body of its creation. OpenAI counts whole seconds,
+// at least one; 0: the key never expires.
+func expiring(in map[string]any, expiresIn time.Duration) map[string]any {
+	if expiresIn > 0 {
+		in["expires_in_seconds"] = int64(expiresIn / time.Second)
 	}
-	return nil
+	return in
+}
+
+const adminKeysPath = "/organization/admin_api_keys"
+
+func projectPath(id string, segments ...string) string {
+	return apiPath(append([]string{"organization", "projects", id}, segments...)...)
 }
 
 // project is an OpenAI project.
@@ -467,15 +568,8 @@ type project struct {
 }
 
 func (c *client) getProject(ctx context.Context, id string) (*project, error) {
-	p := &project{}
-	err := c.do(ctx, call{method: http.MethodGet, path: apiPath("organization", "projects", id), out: p, repeatable: true})
-	if err != nil {
-		return nil, err
-	}
-	if p.ID != id {
-		return nil, invalid("id of this project")
-	}
-	return p, nil
+	return ask(ctx, c, call{name: "get_project", method: http.MethodGet, path: projectPath(id), repeatable: true},
+		func(p *project) bool { return p.ID == id })
 }
 
 // projectName returns a project's name, from memory after the first call.
@@ -504,44 +598,64 @@ func (c *client) projectGone(ctx context.Context, id string, err error) bool {
 // apiKey is a project API key. Value is there only in the answer to its creation.
 type apiKey struct {
 	ID        string
+	Name      string
 	Value     string
 	ExpiresAt int64 `json:"expires_at"` // Unix seconds; 0: never
+	Owner     struct {
+		ServiceAccount struct{ ID string } `json:"service_account"`
+	}
 }
+
+// created tells whether the answer to a creation holds all that it must.
+func (k *apiKey) created() bool { return k != nil && validID(k.ID) && k.Value != "" }
 
 // serviceAccount is a service account of a project.
 type serviceAccount struct {
 	ID     string
 	Name   string
-	APIKey *apiKey `json:"api_key"`
+	Role   string  // owner, member or none
+	APIKey *apiKey `json:"api_key"` // only in the answer to a creation with a key
 }
 
-// createServiceAccount makes an account with its first key, which OpenAI expires after
-// expiresIn (whole seconds, at least one); 0: never. It is not repeatable: see notDone.
-func (c *client) createServiceAccount(ctx context.Context, projectID, name string, expiresIn time.Duration) (*serviceAccount, error) {
-	in := map[string]any{"name": name}
-	if expiresIn > 0 {
-		in["expires_in_seconds"] = int64(expiresIn / time.Second)
+// createServiceAccount makes an account with its first key or, when keyless, one that has
+// neither a key nor a role. It is not repeatable: see notDone.
+func (c *client) createServiceAccount(ctx context.Context, projectID, name string, keyless bool, expiresIn time.Duration) (*serviceAccount, error) {
+	in := expiring(map[string]any{"name": name}, expiresIn)
+	if keyless {
+		in = map[string]any{"name": name, "create_service_account_only": true}
 	}
-	account := &serviceAccount{}
-	err := c.do(ctx, call{
-		method: http.MethodPost,
-		path:   apiPath("organization", "projects", projectID, "service_accounts"),
-		in:     in, out: account,
-	})
-	if err != nil {
-		return nil, err
+	return ask(ctx, c, call{name: "create_service_account", method: http.MethodPost, path: projectPath(projectID, "service_accounts"), in: in},
+		func(a *serviceAccount) bool { return validID(a.ID) && (keyless || a.APIKey.created()) })
+}
+
+func (c *client) getServiceAccount(ctx context.Context, projectID, id string) (*serviceAccount, error) {
+	return ask(ctx, c, call{name: "get_service_account", method: http.MethodGet, path: projectPath(projectID, "service_accounts", id), repeatable: true},
+		func(a *serviceAccount) bool { return a.ID == id })
+}
+
+// setServiceAccountRole gives an account a role: member or owner.
+func (c *client) setServiceAccountRole(ctx context.Context, projectID, id, role string) error {
+	_, err := ask(ctx, c, call{
+		name: "update_service_account", method: http.MethodPost, path: projectPath(projectID, "service_accounts", id),
+		in: map[string]any{"role": role}, repeatable: true,
+	}, func(a *serviceAccount) bool { return a.Role == role })
+	return err
+}
+
+// createAPIKey makes a key of an account, restricted to scopes unless there are none. It
+// is not repeatable: see notDone.
+func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name string, scopes []string, expiresIn time.Duration) (*apiKey, error) {
+	in := expiring(map[string]any{"name": name}, expiresIn)
+	if len(scopes) > 0 {
+		in["scopes"] = scopes
 	}
-	if !validID(account.ID) || account.APIKey == nil || !validID(account.APIKey.ID) || account.APIKey.Value == "" {
-		return nil, invalid("service account with a key")
-	}
-	return account, nil
+	return ask(ctx, c, call{name: "create_api_key", method: http.MethodPost, path: projectPath(projectID, "service_accounts", accountID, "api_keys"), in: in},
+		(*apiKey).created)
 }
 
 // serviceAccountsNamed returns the ids of the project's accounts with exactly this name.
-func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name string) ([]string, error) {
-	var ids []string
-	path := apiPath("organization", "projects", projectID, "service_accounts")
-	err := listAll(ctx, c, path, func(a serviceAccount) {
+func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name string) (ids []string, err error) {
+	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), func(a serviceAccount) {
 		if a.Name == name && validID(a.ID) {
 			ids = append(ids, a.ID)
 		}
@@ -549,11 +663,30 @@ func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name strin
 	return ids, err
 }
 
-// deleteServiceAccount deletes an account and its keys. An account that is gone
-// already, alone or with its project, is no error.
+// apiKeysNamed returns the ids of the account's keys with exactly this name.
+func (c *client) apiKeysNamed(ctx context.Context, projectID, accountID, name string) (ids []string, err error) {
+	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), func(k apiKey) {
+		if k.Name == name && k.Owner.ServiceAccount.ID == accountID && validID(k.ID) {
+			ids = append(ids, k.ID)
+		}
+	})
+	return ids, err
+}
+
+// deleteServiceAccount deletes an account and its keys. An account that is gone already,
+// alone or with its project, is no error.
 func (c *client) deleteServiceAccount(ctx context.Context, projectID, id string) error {
-	err := c.remove(ctx, apiPath("organization", "projects", projectID, "service_accounts", id))
-	if err == nil || isNotFound(err) || c.projectGone(ctx, projectID, err) {
+	err := c.remove(ctx, "delete_service_account", projectPath(projectID, "service_accounts", id))
+	if c.projectGone(ctx, projectID, err) {
+		return nil
+	}
+	return err
+}
+
+// deleteAPIKey deletes a key and leaves its account; else it is like deleteServiceAccount.
+func (c *client) deleteAPIKey(ctx context.Context, projectID, id string) error {
+	err := c.remove(ctx, "delete_api_key", projectPath(projectID, "api_keys", id))
+	if c.projectGone(ctx, projectID, err) {
 		return nil
 	}
 	return err
@@ -570,16 +703,10 @@ func (t secondsUntil) MarshalJSON() ([]byte, error) {
 // setKeyExpiry moves the expiry of a project API key. A key that has expired already
 // can't be updated.
 func (c *client) setKeyExpiry(ctx context.Context, projectID, keyID string, at time.Time) error {
-	key := &apiKey{}
-	err := c.do(ctx, call{
-		method: http.MethodPost,
-		path:   apiPath("organization", "projects", projectID, "api_keys", keyID),
-		in:     map[string]any{"expires_in_seconds": secondsUntil(at)}, out: key,
-		repeatable: true,
-	})
-	if err == nil && key.ID != keyID {
-		return invalid("id of this key")
-	}
+	_, err := ask(ctx, c, call{
+		name: "update_api_key", method: http.MethodPost, path: projectPath(projectID, "api_keys", keyID),
+		in: map[string]any{"expires_in_seconds": secondsUntil(at)}, repeatable: true,
+	}, func(k *apiKey) bool { return k.ID == keyID })
 	return err
 }
 
@@ -589,6 +716,7 @@ type adminKey struct {
 	Name          string
 	Value         string
 	RedactedValue string `json:"redacted_value"` // e.g. sk-admin...abc
+	ExpiresAt     int64  `json:"expires_at"`     // Unix seconds; 0: never
 }
 
 // fits tells whether key can be the one that the redacted value stands for: the value
@@ -603,51 +731,28 @@ func (k adminKey) fits(key string) bool {
 }
 
 func (c *client) getAdminKey(ctx context.Context, id string) (*adminKey, error) {
-	k := &adminKey{}
-	err := c.do(ctx, call{method: http.MethodGet, path: apiPath("organization", "admin_api_keys", id), out: k, repeatable: true})
-	if err != nil {
-		return nil, err
-	}
-	if k.ID != id {
-		return nil, invalid("id of this admin key")
-	}
-	return k, nil
+	return ask(ctx, c, call{name: "get_admin_api_key", method: http.MethodGet, path: adminKeysPath + apiPath(id), repeatable: true},
+		func(k *adminKey) bool { return k.ID == id })
 }
 
-// adminKeysWhere returns the ids of the organization's admin keys that match.
-func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) ([]string, error) {
-	var ids []string
-	err := listAll(ctx, c, apiPath("organization", "admin_api_keys"), func(k adminKey) {
+// adminKeysWhere returns the organization's admin keys that match.
+func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) (keys []adminKey, err error) {
+	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, func(k adminKey) {
 		if match(k) && validID(k.ID) {
-			ids = append(ids, k.ID)
+			keys = append(keys, k)
 		}
 	})
-	return ids, err
+	return keys, err
 }
 
 // createAdminKey makes an admin key. It is not repeatable: see notDone.
-func (c *client) createAdminKey(ctx context.Context, name string) (*adminKey, error) {
-	k := &adminKey{}
-	err := c.do(ctx, call{
-		method: http.MethodPost,
-		path:   apiPath("organization", "admin_api_keys"),
-		in:     map[string]any{"name": name}, out: k,
-	})
-	if err != nil {
-		return nil, err
-	}
-	if !validID(k.ID) || k.Value == "" {
-		return nil, invalid("admin key")
-	}
-	return k, nil
+func (c *client) createAdminKey(ctx context.Context, name string, expiresIn time.Duration) (*adminKey, error) {
+	return ask(ctx, c, call{name: "create_admin_api_key", method: http.MethodPost, path: adminKeysPath, in: expiring(map[string]any{"name": name}, expiresIn)},
+		func(k *adminKey) bool { return validID(k.ID) && k.Value != "" })
 }
 
 // deleteAdminKey deletes an admin key, which stops working at once. A key that is gone
 // already is no error.
 func (c *client) deleteAdminKey(ctx context.Context, id string) error {
-	err := c.remove(ctx, apiPath("organization", "admin_api_keys", id))
-	if isNotFound(err) {
-		return nil
-	}
-	return err
+	return c.remove(ctx, "delete_admin_api_key", adminKeysPath+apiPath(id))
 }

@@ -4,11 +4,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -63,6 +65,10 @@ type config struct {
 	RotationManager string `json:"rotation_manager,omitempty"`
 	// PendingDeletion are the ids of replaced admin keys that OpenAI still has.
 	PendingDeletion []string `json:"pending_deletion,omitempty"`
+	// AdminKeyTTL is the life of the keys that rotation makes; 0: without end.
+	AdminKeyTTL time.Duration `json:"admin_key_ttl,omitempty"`
+	// AdminKeyExpires is when OpenAI expires the present key; zero: never, or not known.
+	AdminKeyExpires time.Time `json:"admin_key_expires,omitzero"`
 }
 
 // getConfig reads the config; nil when there is none.
@@ -96,13 +102,15 @@ func putConfig(ctx context.Context, s logical.Storage, cfg *config) error {
 // toResponseData is what reading config shows: everything but the key.
 func (cfg *config) toResponseData() map[string]any {
 	data := map[string]any{
-		"admin_api_key_id": cfg.AdminAPIKeyID,
-		"organization_id":  cfg.OrganizationID,
-		"api_endpoint":     cfg.APIEndpoint,
-		"last_rotated":     formatTime(cfg.LastRotatedTime),
-		"next_rotation":    formatTime(cfg.nextRotation(time.Now())),
-		"rotation_manager": cfg.manager(),
-		"pending_deletion": slices.Concat([]string{}, cfg.PendingDeletion),
+		"admin_api_key_id":     cfg.AdminAPIKeyID,
+		"organization_id":      cfg.OrganizationID,
+		"api_endpoint":         cfg.APIEndpoint,
+		"admin_key_ttl":        int64(cfg.AdminKeyTTL.Seconds()),
+		"admin_key_expires_at": formatTime(cfg.AdminKeyExpires),
+		"last_rotated":         formatTime(cfg.LastRotatedTime),
+		"next_rotation":        formatTime(cfg.nextRotation(time.Now())),
+		"rotation_manager":     cfg.manager(),
+		"pending_deletion":     slices.Concat([]string{}, cfg.PendingDeletion),
 	}
 	cfg.PopulateAutomatedRotationData(data)
 	return data
@@ -116,7 +124,16 @@ func formatTime(t time.Time) string {
 	return t.UTC().Format(time.RFC3339)
 }
 
-// noContent and responds make the Responses of an operation; each says what it answers.
+// unixTime is a time as OpenAI gives it: seconds, 0 for none.
+func unixTime(seconds int64) time.Time {
+	if seconds <= 0 {
+		return time.Time{}
+	}
+	return time.Unix(seconds, 0)
+}
+
+// The rest of the table of paths is written out; these are its recurring parts.
+
 func noContent() map[int][]framework.Response {
 	return map[int][]framework.Response{http.StatusNoContent: {{Description: http.StatusText(http.StatusNoContent)}}}
 }
@@ -125,108 +142,99 @@ func responds(fields map[string]*framework.FieldSchema) map[int][]framework.Resp
 	return map[int][]framework.Response{http.StatusOK: {{Description: http.StatusText(http.StatusOK), Fields: fields}}}
 }
 
+func verb(name, suffix string) *framework.DisplayAttributes {
+	return &framework.DisplayAttributes{OperationVerb: name, OperationSuffix: suffix}
+}
+
+// shows is a field of an answer.
+func shows(t framework.FieldType, description string) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: t, Required: true, Description: description}
+}
+
 func pathConfig(b *backend) []*framework.Path {
 	fields := map[string]*framework.FieldSchema{
 		"admin_api_key": {
-			Type:         framework.TypeString,
-			Description:  "Admin API key of the OpenAI organization. Required. Never returned.",
-			Required:     true,
-			DisplayAttrs: &framework.DisplayAttributes{Name: "Admin API key", Sensitive: true},
+			Type: framework.TypeString, Required: true, DisplayAttrs: &framework.DisplayAttributes{Name: "Admin API key", Sensitive: true},
+			Description: "Admin API key of the OpenAI organization. Required. Never returned.",
 		},
 		"admin_api_key_id": {
 			Type:        framework.TypeString,
 			Description: "ID of that very key (key_…), which a rotation deletes. Found at OpenAI when absent.",
 		},
 		"organization_id": {
-			Type:        framework.TypeString,
+			Type: framework.TypeString, Required: true,
 			Description: "ID of the OpenAI organization (org-…). Required.",
-			Required:    true,
 		},
 		"api_endpoint": {
-			Type:        framework.TypeString,
+			Type: framework.TypeString, Default: defaultEndpoint,
 			Description: "Base URL of the OpenAI API: https, or http to a loopback address. Default " + defaultEndpoint + ".",
-			Default:     defaultEndpoint,
+		},
+		"admin_key_ttl": {
+			Type:        framework.TypeDurationSecond,
+			Description: "Life of the admin keys that rotation makes, at least twice the time between scheduled rotations, at most 365 days. Default 0: without end.",
 		},
 		"verify_connection": {
-			Type:        framework.TypeBool,
-			Description: "Whether this write proves the key against OpenAI before it is stored. Not stored itself. Default true.",
-			Default:     true,
+			Type: framework.TypeBool, Default: true,
+			Description: "Whether this write proves the key against OpenAI before it is stored: true or false. Not stored itself. Default true.",
 		},
 	}
 	automatedrotationutil.AddAutomatedRotationFields(fields)
 	shown := map[string]*framework.FieldSchema{
-		"admin_api_key_id": {Type: framework.TypeString, Required: true, Description: "ID of the admin API key."},
-		"organization_id":  {Type: framework.TypeString, Required: true, Description: "ID of the organization."},
-		"api_endpoint":     {Type: framework.TypeString, Required: true, Description: "Base URL of the OpenAI API."},
-		"last_rotated":     {Type: framework.TypeString, Required: true, Description: "When the key was written or rotated (RFC 3339, UTC)."},
-		"next_rotation":    {Type: framework.TypeString, Required: true, Description: "When the key is due next (RFC 3339, UTC); empty: never."},
-		"rotation_manager": {Type: framework.TypeString, Required: true, Description: "Who rotates on schedule: vault, plugin or none."},
-		"pending_deletion": {Type: framework.TypeCommaStringSlice, Required: true, Description: "IDs of replaced admin keys still to be deleted at OpenAI."},
+		"admin_api_key_id":     shows(framework.TypeString, "ID of the admin API key."),
+		"organization_id":      shows(framework.TypeString, "ID of the organization."),
+		"api_endpoint":         shows(framework.TypeString, "Base URL of the OpenAI API."),
+		"admin_key_ttl":        shows(framework.TypeDurationSecond, "Life of the admin keys that rotation makes, in seconds; 0: without end."),
+		"admin_key_expires_at": shows(framework.TypeString, "When OpenAI expires the present key (RFC 3339, UTC); empty: never, or not known."),
+		"last_rotated":         shows(framework.TypeString, "When the key was written or rotated (RFC 3339, UTC)."),
+		"next_rotation":        shows(framework.TypeString, "When the key is due next (RFC 3339, UTC); empty: never."),
+		"rotation_manager":     shows(framework.TypeString, "Who rotates on schedule: vault, plugin or none."),
+		"pending_deletion":     shows(framework.TypeCommaStringSlice, "IDs of replaced admin keys still to be deleted at OpenAI."),
 	}
 	automatedrotationutil.AddAutomatedRotationFields(shown)
-
+	write := &framework.PathOperation{
+		Callback: b.configWrite, Summary: "Configure the admin API key and how it is rotated.",
+		DisplayAttrs: verb("configure", ""), Responses: noContent(),
+		ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
+	}
 	return []*framework.Path{
 		{
 			Pattern:      configPath,
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
 			Fields:       fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.CreateOperation: &framework.PathOperation{
-					Callback:                    b.configWrite,
-					Summary:                     "Configure the admin API key and how it is rotated.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "configure"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
-				},
-				logical.UpdateOperation: &framework.PathOperation{
-					Callback:                    b.configWrite,
-					Summary:                     "Configure the admin API key and how it is rotated.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "configure"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
-				},
+				logical.CreateOperation: write,
+				logical.UpdateOperation: write,
 				logical.ReadOperation: &framework.PathOperation{
-					Callback:     b.configRead,
-					Summary:      "Read the configuration, without the admin API key.",
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read", OperationSuffix: "configuration"},
-					Responses:    responds(shown),
+					Callback: b.configRead, Summary: "Read the configuration, without the admin API key.",
+					DisplayAttrs: verb("read", "configuration"), Responses: responds(shown),
 				},
 				logical.DeleteOperation: &framework.PathOperation{
-					Callback:                    b.configDelete,
-					Summary:                     "Delete the configuration. Leases can't be revoked without one.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "delete", OperationSuffix: "configuration"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
+					Callback: b.configDelete, Summary: "Delete the configuration. Leases can't be revoked without one.",
+					DisplayAttrs: verb("delete", "configuration"), Responses: noContent(),
+					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
 				},
 			},
 			ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (bool, error) {
 				cfg, err := getConfig(ctx, req.Storage)
 				return cfg != nil, err
 			},
-			HelpSynopsis:    configHelpSynopsis,
-			HelpDescription: configHelpDescription,
+			HelpSynopsis: configHelpSynopsis, HelpDescription: configHelpDescription,
 		},
 		{
 			Pattern:      configPath + "/rotate",
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.UpdateOperation: &framework.PathOperation{
-					Callback:     b.configRotate,
-					Summary:      "Replace the admin API key by a new one and delete the old one.",
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "rotate", OperationSuffix: "admin-api-key"},
+					Callback: b.configRotate, Summary: "Replace the admin API key by a new one and delete the old one.",
+					DisplayAttrs: verb("rotate", "admin-api-key"),
 					Responses: responds(map[string]*framework.FieldSchema{
-						"admin_api_key_id": {Type: framework.TypeString, Required: true, Description: "ID of the new admin API key."},
-						"rotated_time":     {Type: framework.TypeString, Required: true, Description: "When it was put to use (RFC 3339, UTC)."},
+						"admin_api_key_id": shows(framework.TypeString, "ID of the new admin API key."),
+						"rotated_time":     shows(framework.TypeString, "When it was put to use (RFC 3339, UTC)."),
 					}),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
+					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
 				},
 			},
-			HelpSynopsis:    rotateHelpSynopsis,
-			HelpDescription: rotateHelpDescription,
+			HelpSynopsis: rotateHelpSynopsis, HelpDescription: rotateHelpDescription,
 		},
 	}
 }
@@ -256,11 +264,11 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		return logical.ErrorResponse(err.Error()), nil
 	}
 	if d.Get("verify_connection").(bool) {
-		id, err := newClient(&cfg, b.transport, b.throttle).adminKeyID(ctx)
+		key, err := b.newClient(&cfg).ownKey(ctx)
 		if err != nil {
 			return logical.ErrorResponse(verificationFailed(err)), nil
 		}
-		cfg.AdminAPIKeyID = id
+		cfg.AdminAPIKeyID, cfg.AdminKeyExpires = key.ID, unixTime(key.ExpiresAt)
 	} else if cfg.AdminAPIKeyID == "" {
 		return logical.ErrorResponse("admin_api_key_id is required: with verify_connection=false it is not looked up at OpenAI"), nil
 	}
@@ -271,6 +279,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
 		resp.AddWarning("organization_id has changed: leases issued in the former organization can't be revoked with the new key")
+	}
+	if !cfg.AdminKeyExpires.IsZero() && cfg.nextRotation(time.Now()).IsZero() {
+		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) + " and no rotation is scheduled: rotate or replace it before")
 	}
 	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, was, &cfg); err != nil {
 		return nil, err
@@ -283,11 +294,16 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 	}
 	b.setClient(nil)
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
-	b.Logger().Info("config written", "admin_api_key_id", cfg.AdminAPIKeyID, "organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
+	b.report(ctx, req, configWritten, nil, "admin_api_key_id", cfg.AdminAPIKeyID, "organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
+	return warningsOnly(resp), nil
+}
+
+// warningsOnly returns resp if it warns of anything, so that a plain success has no body.
+func warningsOnly(resp *logical.Response) *logical.Response {
 	if len(resp.Warnings) == 0 {
-		return nil, nil
+		return nil
 	}
-	return resp, nil
+	return resp
 }
 
 // verificationFailed says what to do about an error that proving the admin key met.
@@ -307,7 +323,7 @@ func verificationFailed(err error) string {
 func (cfg *config) update(d *framework.FieldData) error {
 	if v, ok := d.GetOk("admin_api_key"); ok {
 		if v.(string) != cfg.AdminAPIKey {
-			cfg.AdminAPIKeyID = "" // of the former key
+			cfg.AdminAPIKeyID, cfg.AdminKeyExpires = "", time.Time{} // of the former key
 		}
 		cfg.AdminAPIKey = v.(string)
 	}
@@ -316,6 +332,9 @@ func (cfg *config) update(d *framework.FieldData) error {
 	}
 	if v, ok := d.GetOk("organization_id"); ok {
 		cfg.OrganizationID = v.(string)
+	}
+	if v, ok := d.GetOk("admin_key_ttl"); ok {
+		cfg.AdminKeyTTL = time.Duration(v.(int)) * time.Second
 	}
 	if v, ok := d.GetOk("api_endpoint"); ok || cfg.APIEndpoint == "" {
 		if v == nil || v.(string) == "" {
@@ -334,10 +353,8 @@ func (cfg *config) update(d *framework.FieldData) error {
 		return errors.New("admin_api_key must be 8 to 512 printable ASCII characters without spaces")
 	case cfg.AdminAPIKeyID != "" && !validID(cfg.AdminAPIKeyID):
 		return errors.New("admin_api_key_id must be 1 to 128 letters, digits, - or _")
-	case cfg.OrganizationID == "":
-		return errors.New("organization_id is required")
 	case !validID(cfg.OrganizationID):
-		return errors.New("organization_id must be 1 to 128 letters, digits, - or _")
+		return errors.New("organization_id is required: 1 to 128 letters, digits, - or _")
 	}
 	return cfg.updateRotation(d)
 }
@@ -387,7 +404,7 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fra
 		return nil, fmt.Errorf("deleting config: %w", err)
 	}
 	b.setClient(nil)
-	b.Logger().Info("config deleted", "admin_api_key_id", cfg.AdminAPIKeyID)
+	b.report(ctx, req, configDeleted, nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
 	resp.AddWarning("leases can't be revoked until config is written again; the admin key itself still exists at OpenAI")
 	if len(cfg.PendingDeletion) > 0 {
@@ -408,6 +425,14 @@ type role struct {
 	// UnexpiringKeys is the opposite of enforce_key_expiry, so that its absence in an
 	// older entry means the default.
 	UnexpiringKeys bool `json:"unexpiring_keys,omitempty"`
+	// Scopes restrict the keys; none: they can do what their account can.
+	Scopes []string `json:"scopes,omitempty"`
+	// ServiceAccountRole is of an account that is made for a scoped key; empty: member.
+	ServiceAccountRole string `json:"service_account_role,omitempty"`
+	// ServiceAccountID is the account that keys are made on; empty: each has its own. Its
+	// name is what OpenAI said when the role was written.
+	ServiceAccountID   string `json:"service_account_id,omitempty"`
+	ServiceAccountName string `json:"service_account_name,omitempty"`
 }
 
 // getRole reads a role; nil when there is none.
@@ -449,111 +474,95 @@ func (r *role) toResponseData() map[string]any {
 		"ttl":                           int64(r.TTL.Seconds()),
 		"max_ttl":                       int64(r.MaxTTL.Seconds()),
 		"enforce_key_expiry":            !r.UnexpiringKeys,
+		"scopes":                        slices.Concat([]string{}, r.Scopes),
+		"service_account_role":          r.ServiceAccountRole,
+		"service_account_id":            r.ServiceAccountID,
 	}
 }
 
 func pathRoles(b *backend) []*framework.Path {
-	name := &framework.FieldSchema{
-		Type:        framework.TypeString,
-		Description: "Name of the role.",
-		Required:    true,
-	}
+	name := &framework.FieldSchema{Type: framework.TypeString, Required: true, Description: "Name of the role."}
 	settings := map[string]*framework.FieldSchema{
 		"project_id": {
-			Type:        framework.TypeString,
-			Description: "ID of the OpenAI project that the service accounts are made in (proj_…). Required.",
-			Required:    true,
+			Type: framework.TypeString, Required: true,
+			Description: "ID of the OpenAI project that the service accounts are in (proj_…). Required.",
 		},
 		"service_account_name_template": {
-			Type:        framework.TypeString,
-			Description: "Template of a service account's name. Must give another name each time. Default " + defaultNameTemplate + ".",
-			Default:     defaultNameTemplate,
+			Type: framework.TypeString, Default: defaultNameTemplate,
+			Description: "Template of the name of a service account, or of a key where service_account_id is set. Must give another name each time. Default " + defaultNameTemplate + ".",
 		},
 		"service_account_description": {
-			Type:        framework.TypeString,
+			Type: framework.TypeString, Default: defaultDescription,
 			Description: "Description, kept with the role only: OpenAI has no such field. Default \"" + defaultDescription + "\".",
-			Default:     defaultDescription,
 		},
 		"ttl": {
-			Type:        framework.TypeDurationSecond,
+			Type: framework.TypeDurationSecond, Default: int(defaultTTL.Seconds()),
 			Description: "TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h.",
-			Default:     int(defaultTTL.Seconds()),
 		},
 		"max_ttl": {
-			Type:        framework.TypeDurationSecond,
-			Description: "Longest TTL of a lease, renewals included. At most 365 days. Default 24h.",
-			Default:     int(defaultMaxTTL.Seconds()),
+			Type: framework.TypeDurationSecond, Default: int(defaultMaxTTL.Seconds()),
+			Description: "Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h.",
 		},
 		"enforce_key_expiry": {
-			Type:        framework.TypeBool,
-			Description: "Whether OpenAI itself expires a key, about a minute after its lease's end. Default true.",
-			Default:     true,
+			Type: framework.TypeBool, Default: true,
+			Description: "Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true.",
+		},
+		"scopes": {
+			Type:        framework.TypeCommaStringSlice,
+			Description: "Scopes that the keys are restricted to, like api.responses.write. Default: none, the keys can do what their service account can.",
+		},
+		"service_account_role": {
+			Type:        framework.TypeString,
+			Description: "Role of a service account that is made for a key with scopes: member or owner. Default member.",
+		},
+		"service_account_id": {
+			Type:        framework.TypeString,
+			Description: "ID of an existing service account that keys are made on (svc_acct_…). Default: each key gets an account of its own.",
 		},
 	}
-	fields := map[string]*framework.FieldSchema{"name": name}
-	for field, schema := range settings {
-		fields[field] = schema
+	fields := maps.Clone(settings)
+	fields["name"] = name
+	write := &framework.PathOperation{
+		Callback: b.roleWrite, Summary: "Create or update a role.",
+		DisplayAttrs: verb("write", ""), Responses: noContent(),
+		ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
 	}
-
 	return []*framework.Path{
 		{
 			Pattern:      rolePrefix + "?$",
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "roles"},
 			Operations: map[logical.Operation]framework.OperationHandler{
 				logical.ListOperation: &framework.PathOperation{
-					Callback:     b.roleList,
-					Summary:      "List the roles.",
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "list"},
+					Callback: b.roleList, Summary: "List the roles.", DisplayAttrs: verb("list", ""),
 					Responses: responds(map[string]*framework.FieldSchema{
 						"keys": {Type: framework.TypeStringSlice, Description: "Names of the roles."},
 					}),
 				},
 			},
-			HelpSynopsis:    "List the roles.",
-			HelpDescription: "The names of the roles, in alphabetical order.",
+			HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
 		},
 		{
 			Pattern:      rolePrefix + framework.GenericNameRegex("name"),
 			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "role"},
 			Fields:       fields,
 			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.CreateOperation: &framework.PathOperation{
-					Callback:                    b.roleWrite,
-					Summary:                     "Create or update a role.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "write"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
-				},
-				logical.UpdateOperation: &framework.PathOperation{
-					Callback:                    b.roleWrite,
-					Summary:                     "Create or update a role.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "write"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
-				},
+				logical.CreateOperation: write,
+				logical.UpdateOperation: write,
 				logical.ReadOperation: &framework.PathOperation{
-					Callback:     b.roleRead,
-					Summary:      "Read a role.",
-					DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read"},
-					Responses:    responds(settings),
+					Callback: b.roleRead, Summary: "Read a role.",
+					DisplayAttrs: verb("read", ""), Responses: responds(settings),
 				},
 				logical.DeleteOperation: &framework.PathOperation{
-					Callback:                    b.roleDelete,
-					Summary:                     "Delete a role. Its leases live on, but can't be renewed.",
-					DisplayAttrs:                &framework.DisplayAttributes{OperationVerb: "delete"},
-					Responses:                   noContent(),
-					ForwardPerformanceStandby:   true,
-					ForwardPerformanceSecondary: true,
+					Callback: b.roleDelete, Summary: "Delete a role. Its leases live on, but can't be renewed.",
+					DisplayAttrs: verb("delete", ""), Responses: noContent(),
+					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
 				},
 			},
 			ExistenceCheck: func(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
 				r, err := getRole(ctx, req.Storage, d.Get("name").(string))
 				return r != nil, err
 			},
-			HelpSynopsis:    roleHelpSynopsis,
-			HelpDescription: roleHelpDescription,
+			HelpSynopsis: roleHelpSynopsis, HelpDescription: roleHelpDescription,
 		},
 	}
 }
@@ -579,12 +588,12 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *frame
 	if err := req.Storage.Delete(ctx, rolePrefix+name); err != nil {
 		return nil, fmt.Errorf("deleting role %q: %w", name, err)
 	}
-	b.Logger().Info("role deleted", "role", name)
+	b.report(ctx, req, roleDeleted, nil, "name", name)
 	return nil, nil
 }
 
 // roleWrite stores what the request names over what is there. Nothing is stored unless
-// all of it is right, the project included; only an OpenAI that can't be asked is let pass.
+// all of it is right, as OpenAI sees it too; only an OpenAI that can't be asked is let pass.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	r, err := getRole(ctx, req.Storage, name)
@@ -597,27 +606,38 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	if err := r.update(d); err != nil {
 		return logical.ErrorResponse(err.Error()), nil
 	}
-
 	resp := &logical.Response{}
 	sample := nameData{RoleName: name, ProjectID: r.ProjectID, ProjectName: "project", DisplayName: "token"}
+	field, value := "project_id", r.ProjectID
 	err = b.useClient(ctx, req.Storage, func(c *client) error {
 		p, err := c.getProject(ctx, r.ProjectID)
-		if err == nil && p.Status == "archived" {
-			err = &apiError{Status: http.StatusBadRequest, Message: "the project is archived"}
+		if err != nil {
+			return err
 		}
-		if err == nil {
-			sample.ProjectName = p.Name
+		if p.Status == "archived" {
+			return &apiError{Status: http.StatusBadRequest, Message: "the project is archived"}
 		}
-		return err
+		sample.ProjectName = p.Name
+		if r.ServiceAccountID != "" {
+			field, value = "service_account_id", r.ServiceAccountID
+			account, err := c.getServiceAccount(ctx, r.ProjectID, r.ServiceAccountID)
+			if err != nil {
+				return err
+			}
+			r.ServiceAccountName = account.Name
+			if account.Role == "none" {
+				resp.AddWarning("service_account_id has no role in the project, so that its keys can do nothing")
+			}
+		}
+		return nil
 	})
-	if err != nil {
-		if errors.Is(err, errNotConfigured) {
-			return logical.ErrorResponse(err.Error()), nil
-		}
-		if isRefused(err) && !isStatus(err, http.StatusTooManyRequests) {
-			return logical.ErrorResponse("project_id %q was refused: %s", r.ProjectID, err), nil
-		}
-		resp.AddWarning(fmt.Sprintf("project_id %q is stored unchecked: %s", r.ProjectID, err))
+	switch {
+	case errors.Is(err, errNotConfigured):
+		return logical.ErrorResponse(err.Error()), nil
+	case isRefused(err) && !isStatus(err, http.StatusTooManyRequests):
+		return logical.ErrorResponse("%s %q was refused: %s", field, value, err), nil
+	case err != nil:
+		resp.AddWarning(fmt.Sprintf("%s %q is stored unchecked: %s", field, value, err))
 	}
 	if err := checkNameTemplate(r.ServiceAccountNameTemplate, sample); err != nil {
 		return logical.ErrorResponse("service_account_name_template %s", err), nil
@@ -633,24 +653,23 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	if err := req.Storage.Put(ctx, entry); err != nil {
 		return nil, fmt.Errorf("storing role %q: %w", name, err)
 	}
-	b.Logger().Info("role written", "role", name, "project_id", r.ProjectID)
-	if len(resp.Warnings) == 0 {
-		return nil, nil
-	}
-	return resp, nil
+	b.report(ctx, req, roleWritten, nil, "name", name, "project_id", r.ProjectID)
+	return warningsOnly(resp), nil
 }
 
 // update sets the fields that d names and checks what needs no call. Its error is the
 // caller's.
 func (r *role) update(d *framework.FieldData) error {
-	if v, ok := d.GetOk("project_id"); ok {
-		r.ProjectID = v.(string)
-	}
-	if v, ok := d.GetOk("service_account_name_template"); ok {
-		r.ServiceAccountNameTemplate = v.(string)
-	}
-	if v, ok := d.GetOk("service_account_description"); ok {
-		r.ServiceAccountDescription = v.(string)
+	for name, field := range map[string]*string{
+		"project_id":                    &r.ProjectID,
+		"service_account_name_template": &r.ServiceAccountNameTemplate,
+		"service_account_description":   &r.ServiceAccountDescription,
+		"service_account_role":          &r.ServiceAccountRole,
+		"service_account_id":            &r.ServiceAccountID,
+	} {
+		if v, ok := d.GetOk(name); ok {
+			*field = v.(string)
+		}
 	}
 	if v, ok := d.GetOk("ttl"); ok {
 		r.TTL = time.Duration(v.(int)) * time.Second
@@ -664,6 +683,10 @@ func (r *role) update(d *framework.FieldData) error {
 	if v, ok := d.GetOk("enforce_key_expiry"); ok {
 		r.UnexpiringKeys = !v.(bool)
 	}
+	if v, ok := d.GetOk("scopes"); ok {
+		r.Scopes = slices.Compact(slices.Sorted(slices.Values(v.([]string))))
+	}
+	invalidScope := func(s string) bool { return !scopePattern.MatchString(s) }
 	switch {
 	case r.ProjectID == "":
 		return errors.New("project_id is required")
@@ -675,9 +698,21 @@ func (r *role) update(d *framework.FieldData) error {
 		return errors.New("max_ttl must be more than 0 and at most 365 days")
 	case r.TTL <= 0 || r.TTL > r.MaxTTL:
 		return errors.New("ttl must be more than 0 and at most max_ttl")
+	case len(r.Scopes) > 100 || slices.ContainsFunc(r.Scopes, invalidScope):
+		return errors.New("scopes must be at most 100 names like api.responses.write")
+	case r.ServiceAccountRole != "" && r.ServiceAccountRole != "member" && r.ServiceAccountRole != "owner":
+		return errors.New("service_account_role must be member or owner")
+	case r.ServiceAccountID != "" && !validID(r.ServiceAccountID):
+		return errors.New("service_account_id must be 1 to 128 letters, digits, - or _")
+	case r.ServiceAccountID != "" && r.ServiceAccountRole != "":
+		return errors.New("service_account_role and service_account_id exclude each other: an existing account keeps its role")
+	case r.ServiceAccountRole != "" && len(r.Scopes) == 0:
+		return errors.New("service_account_role needs scopes: OpenAI makes an account with an unrestricted key a member")
 	}
 	return nil
 }
+
+var scopePattern = regexp.MustCompile(`^[a-z][A-Za-z0-9._:-]{0,127}$`)
 
 // nameData is what a name template can use.
 type nameData struct {
@@ -701,7 +736,7 @@ func renderName(raw string, data nameData, overrides ...template.Opt) (string, e
 		template.Function("random", func(n int) (string, error) { return randomText(n) }),
 		template.Function("replace", boundedReplace),
 	}
-	for _, name := range []string{"html", "js", "urlquery", "printf"} {
+	for _, name := range []string{"html", "js", "urlquery", "print", "printf", "println"} {
 		options = append(options, template.Function(name, func(...any) (string, error) {
 			return "", fmt.Errorf("the function %s is not available", name)
 		}))
@@ -777,9 +812,9 @@ func checkNameTemplate(raw string, data nameData) error {
 	return nil
 }
 
-// accountName makes the name of a new service account, unique also for roles of the
+// credentialName makes the name of a new service account or key, unique also for roles of the
 // older plugin, whose templates nobody checked.
-func (b *backend) accountName(ctx context.Context, req *logical.Request, roleName string, r *role) (string, error) {
+func (b *backend) credentialName(ctx context.Context, req *logical.Request, roleName string, r *role) (string, error) {
 	suffix, err := randomText(10)
 	if err != nil {
 		return "", err
@@ -809,59 +844,73 @@ func (b *backend) accountName(ctx context.Context, req *logical.Request, roleNam
 }
 
 func pathCreds(b *backend) []*framework.Path {
-	return []*framework.Path{
-		{
-			Pattern:      "creds/" + framework.GenericNameRegex("name"),
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "credentials"},
-			Fields: map[string]*framework.FieldSchema{
-				"name": {
-					Type:        framework.TypeString,
-					Description: "Name of the role.",
-					Required:    true,
-				},
-				"ttl": {
-					Type:        framework.TypeDurationSecond,
-					Description: "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.",
-					Query:       true,
-				},
+	return []*framework.Path{{
+		Pattern:      "creds/" + framework.GenericNameRegex("name"),
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "credentials"},
+		Fields: map[string]*framework.FieldSchema{
+			"name": {Type: framework.TypeString, Required: true, Description: "Name of the role."},
+			"ttl": {
+				Type: framework.TypeDurationSecond, Query: true,
+				Description: "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.",
 			},
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ReadOperation: &framework.PathOperation{
-					Callback:                  b.credsRead,
-					Summary:                   "Make a service account with an API key under a new lease.",
-					DisplayAttrs:              &framework.DisplayAttributes{OperationVerb: "generate"},
-					Responses:                 responds(secretFields()),
-					ForwardPerformanceStandby: true,
-				},
-			},
-			HelpSynopsis:    credsHelpSynopsis,
-			HelpDescription: credsHelpDescription,
 		},
-	}
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: &framework.PathOperation{
+				Callback: b.credsRead, Summary: "Make an API key under a new lease.",
+				DisplayAttrs: verb("generate", ""), Responses: responds(secretFields()),
+				ForwardPerformanceStandby: true,
+			},
+		},
+		HelpSynopsis: credsHelpSynopsis, HelpDescription: credsHelpDescription,
+	}}
 }
 
 // secretFields are what a caller of creds gets.
 func secretFields() map[string]*framework.FieldSchema {
+	key := shows(framework.TypeString, "The OpenAI API key.")
+	key.DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
 	return map[string]*framework.FieldSchema{
-		"api_key": {
-			Type: framework.TypeString, Required: true, Description: "The OpenAI API key.",
-			DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
-		},
-		"api_key_id":         {Type: framework.TypeString, Required: true, Description: "ID of the API key."},
-		"service_account":    {Type: framework.TypeString, Required: true, Description: "Name of the service account."},
-		"service_account_id": {Type: framework.TypeString, Required: true, Description: "ID of the service account."},
-		"project_id":         {Type: framework.TypeString, Required: true, Description: "ID of the project."},
-		"organization_id":    {Type: framework.TypeString, Required: true, Description: "ID of the organization."},
-		"expires_at": {
-			Type: framework.TypeString, Required: true,
-			Description: "When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never.",
-		},
+		"api_key":            key,
+		"api_key_id":         shows(framework.TypeString, "ID of the API key."),
+		"service_account":    shows(framework.TypeString, "Name of the service account."),
+		"service_account_id": shows(framework.TypeString, "ID of the service account."),
+		"project_id":         shows(framework.TypeString, "ID of the project."),
+		"organization_id":    shows(framework.TypeString, "ID of the organization."),
+		"scopes":             shows(framework.TypeStringSlice, "What the key is restricted to; empty: all that its account can do."),
+		"expires_at":         shows(framework.TypeString, "When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never."),
 	}
 }
 
-// secretAPIKey is the type of the leases. Internal data of a lease (the first three are
-// all that the older plugin wrote): api_key_id, service_account_id, project_id; role;
-// key_expires, whether OpenAI expires the key so that a renewal must move that.
+// lease is the internal data of a lease. The older plugin wrote the first three.
+type lease struct {
+	APIKeyID         string `json:"api_key_id"`
+	ServiceAccountID string `json:"service_account_id"`
+	ProjectID        string `json:"project_id"`
+	Role             string `json:"role,omitempty"`
+	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
+	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation leaves the account
+}
+
+// leaseOf reads what a lease holds.
+func leaseOf(secret *logical.Secret) (*lease, error) {
+	l := &lease{}
+	if err := decode(secret.InternalData, l); err != nil {
+		return nil, fmt.Errorf("reading the lease: %w", err)
+	}
+	if !validID(l.ProjectID) || !validID(l.key()) {
+		return nil, errors.New("the lease lacks the ids of what it stands for")
+	}
+	return l, nil
+}
+
+// log returns the lease's names and values for report.
+func (l *lease) log(start time.Time) []any {
+	return []any{
+		"name", l.Role, "project_id", l.ProjectID, "service_account_id", l.ServiceAccountID,
+		"api_key_id", l.APIKeyID, "duration", time.Since(start).Round(time.Millisecond).String(),
+	}
+}
+
 func secretAPIKey(b *backend) *framework.Secret {
 	return &framework.Secret{
 		Type:   secretType,
@@ -871,10 +920,10 @@ func secretAPIKey(b *backend) *framework.Secret {
 	}
 }
 
-// credsRead makes a service account with a key: one call to OpenAI. The write-ahead-log
-// entry comes first, since a create whose answer is lost can only be found again by name;
-// it is deleted last, and without that nothing is handed out.
-func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+// credsRead makes a key. The write-ahead-log entry comes first, since a create whose
+// answer is lost can only be found again by name; it is deleted last, and without that
+// nothing is handed out.
+func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (resp *logical.Response, err error) {
 	roleName := d.Get("name").(string)
 	r, err := getRole(ctx, req.Storage, roleName)
 	if err != nil {
@@ -883,6 +932,13 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	if r == nil {
 		return logical.ErrorResponse("role %q does not exist", roleName), nil
 	}
+	start, l := time.Now(), &lease{ProjectID: r.ProjectID, Role: roleName}
+	defer func() {
+		failed := failure(resp, err)
+		b.metrics.add(metricCredentials, 1, "role", roleName, "operation", "issue", "result", result(failed))
+		b.report(ctx, req, credIssued, failed, l.log(start)...)
+	}()
+
 	ttl := r.TTL
 	if v, ok := d.GetOk("ttl"); ok {
 		ttl = time.Duration(v.(int)) * time.Second
@@ -890,86 +946,129 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 			return logical.ErrorResponse("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL), nil
 		}
 	}
-	var warning string
+	warning := ""
 	// Vault would shorten the lease behind our back, and the key would outlive it.
 	if limit := b.System().MaxLeaseTTL(); limit > 0 && ttl > limit {
 		warning = fmt.Sprintf("ttl of %s is more than the mount's maximum and was shortened to %s", ttl, limit)
 		ttl = limit
 	}
-	var expiresIn time.Duration
-	if !r.UnexpiringKeys {
-		expiresIn = min(ttl+keyGrace, maxKeyLife)
-	}
-	name, err := b.accountName(ctx, req, roleName, r)
+	name, err := b.credentialName(ctx, req, roleName, r)
 	if err != nil {
 		return answerError("naming the service account", err)
 	}
-
-	walID, err := framework.PutWAL(ctx, req.Storage, walServiceAccount, walAccount{ProjectID: r.ProjectID, Name: name})
+	pending := pendingCredential{ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Name: name}
+	var expiresIn time.Duration
+	if !r.UnexpiringKeys {
+		expiresIn = min(ttl+keyGrace, maxKeyLife)
+		pending.Expires = start.Add(expiresIn + requestTimeout)
+	}
+	walID, err := framework.PutWAL(ctx, req.Storage, walCredential, pending)
 	if err != nil {
 		return nil, fmt.Errorf("writing write-ahead log: %w", err)
 	}
-	var account *serviceAccount
-	var organizationID string
-	err = b.useClient(ctx, req.Storage, func(c *client) (err error) {
-		organizationID = c.config.OrganizationID
-		account, err = c.createServiceAccount(ctx, r.ProjectID, name, expiresIn)
-		return err
-	})
+	g, err := b.create(ctx, req.Storage, r, name, expiresIn)
 	if err != nil {
-		if notDone(err) {
+		if g.nothingLeft {
 			if walErr := framework.DeleteWAL(ctx, req.Storage, walID); walErr != nil {
-				b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "role", roleName, "error", walErr)
+				b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", walErr)
 			}
 		}
-		return answerError("creating service account", err)
+		return answerError("creating "+g.step, err)
 	}
-	// Past this point the account exists; rollback deletes it unless the entry is gone.
+	// Past this point the key exists; rollback deletes it unless the entry is gone.
 	if ctx.Err() != nil {
-		return nil, fmt.Errorf("creating service account: nobody waits for it any more: %w", ctx.Err())
+		return nil, fmt.Errorf("creating %s: nobody waits for it any more: %w", g.step, ctx.Err())
 	}
 	if err := framework.DeleteWAL(ctx, req.Storage, walID); err != nil {
 		return nil, fmt.Errorf("deleting write-ahead-log entry: %w", err)
 	}
 
-	key := account.APIKey
-	expiresAt := ""
-	if key.ExpiresAt > 0 {
-		expiresAt = formatTime(time.Unix(key.ExpiresAt, 0))
+	l.APIKeyID, l.ServiceAccountID = g.key.ID, g.account.ID
+	l.KeyExpires, l.KeyOnly = expiresIn > 0, r.ServiceAccountID != ""
+	internal := map[string]any{}
+	if err := decode(l, &internal); err != nil {
+		return nil, err
 	}
-	resp := b.Secret(secretType).Response(map[string]any{
-		"api_key":            key.Value,
-		"api_key_id":         key.ID,
-		"service_account":    name,
-		"service_account_id": account.ID,
+	resp = b.Secret(secretType).Response(map[string]any{
+		"api_key":            g.key.Value,
+		"api_key_id":         g.key.ID,
+		"service_account":    g.account.Name,
+		"service_account_id": g.account.ID,
 		"project_id":         r.ProjectID,
-		"organization_id":    organizationID,
-		"expires_at":         expiresAt,
-	}, map[string]any{
-		"api_key_id":         key.ID,
-		"service_account_id": account.ID,
-		"project_id":         r.ProjectID,
-		"role":               roleName,
-		"key_expires":        expiresIn > 0,
-	})
-	resp.Secret.TTL = ttl
-	resp.Secret.MaxTTL = r.MaxTTL
+		"organization_id":    g.organizationID,
+		"scopes":             slices.Concat([]string{}, r.Scopes),
+		"expires_at":         formatTime(unixTime(g.key.ExpiresAt)),
+	}, internal)
+	resp.Secret.TTL, resp.Secret.MaxTTL = ttl, r.MaxTTL
 	if warning != "" {
 		resp.AddWarning(warning)
 	}
-	if expiresIn > 0 && key.ExpiresAt == 0 {
+	if expiresIn > 0 && g.key.ExpiresAt == 0 {
 		resp.AddWarning("OpenAI did not take over the key's expiry: only revocation ends this key")
 	}
-	b.Logger().Debug("service account created", "role", roleName, "project_id", r.ProjectID,
-		"service_account", name, "service_account_id", account.ID, "api_key_id", key.ID, "ttl", ttl)
 	return resp, nil
+}
+
+// grant is what create has made, or how far it came.
+type grant struct {
+	account        *serviceAccount
+	key            *apiKey
+	organizationID string
+	step           string // what was being made, for errors
+	nothingLeft    bool   // after an error: OpenAI certainly has nothing that create made
+}
+
+// create makes what the role says: a key on an account of its own (one call), a key on an
+// existing account (one call), or an account, its role and its scoped key (three calls),
+// so that a key which is not restricted never exists.
+func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration) (g grant, err error) {
+	g.step = "service account"
+	if r.ServiceAccountID != "" {
+		g.account = &serviceAccount{ID: r.ServiceAccountID, Name: r.ServiceAccountName}
+	} else {
+		keyless := len(r.Scopes) > 0
+		err = b.useClient(ctx, s, func(c *client) (err error) {
+			g.organizationID = c.config.OrganizationID
+			g.account, err = c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
+			return err
+		})
+		if err != nil || !keyless {
+			g.nothingLeft = notDone(err)
+			if err == nil {
+				g.key, g.account.Name = g.account.APIKey, name
+			}
+			return g, err
+		}
+		g.account.Name = name
+		g.step = "role of service account"
+		err = b.useClient(ctx, s, func(c *client) error {
+			return c.setServiceAccountRole(ctx, r.ProjectID, g.account.ID, cmp.Or(r.ServiceAccountRole, "member"))
+		})
+	}
+	if err == nil {
+		g.step = "API key"
+		err = b.useClient(ctx, s, func(c *client) (err error) {
+			g.organizationID = c.config.OrganizationID
+			g.key, err = c.createAPIKey(ctx, r.ProjectID, g.account.ID, name, r.Scopes, expiresIn)
+			return err
+		})
+	}
+	if err != nil && r.ServiceAccountID != "" {
+		g.nothingLeft = notDone(err)
+	} else if err != nil {
+		g.nothingLeft = b.deleteCredential(ctx, s, &lease{ProjectID: r.ProjectID, ServiceAccountID: g.account.ID}) == nil
+	}
+	return g, err
 }
 
 // answerError turns an error of OpenAI into a handler's answer. What OpenAI refused is
 // the request's fault, a 400; an admin key that is not accepted is not.
 func answerError(doing string, err error) (*logical.Response, error) {
-	if errors.Is(err, errNotConfigured) ||
-		isRefused(err) && !isStatus(err, http.StatusUnauthorized, http.StatusTooManyRequests) {
+	var e *apiError
+	if errors.As(err, &e) && (e.Param == "expires_in_seconds" || strings.Contains(e.Message, "expires_in_seconds")) {
+		err = fmt.Errorf("%w; where OpenAI limits a key's life, set the role's enforce_key_expiry=true and lower its ttl and max_ttl", err)
+	}
+	if errors.Is(err, errNotConfigured) || isRefused(err) && !isStatus(err, http.StatusUnauthorized, http.StatusTooManyRequests) {
 		return logical.ErrorResponse("%s: %s", doing, err), nil
 	}
 	return nil, fmt.Errorf("%s: %w", doing, err)
@@ -977,67 +1076,119 @@ func answerError(doing string, err error) (*logical.Response, error) {
 
 // credRenew extends a lease: the key's expiry at OpenAI first, so that the key never ends
 // before its lease.
-func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	roleName, _ := req.Secret.InternalData["role"].(string)
-	r, err := getRole(ctx, req.Storage, roleName)
+func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framework.FieldData) (resp *logical.Response, err error) {
+	start := time.Now()
+	l, err := leaseOf(req.Secret)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		failed := failure(resp, err)
+		b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", "renew", "result", result(failed))
+		b.report(ctx, req, credRenewed, failed, l.log(start)...)
+	}()
+	r, err := getRole(ctx, req.Storage, l.Role)
 	if err != nil {
 		return nil, err
 	}
 	if r == nil {
-		return logical.ErrorResponse("role %q of this lease does not exist any more", roleName), nil
+		return logical.ErrorResponse("role %q of this lease does not exist any more", l.Role), nil
 	}
-	if expires, _ := req.Secret.InternalData["key_expires"].(bool); expires {
+	if l.KeyExpires {
 		// What Vault will make of the lease when it gets our answer.
-		now := time.Now().Truncate(time.Second)
 		ttl, _, err := framework.CalculateTTL(b.System(), req.Secret.Increment, r.TTL, 0, r.MaxTTL, 0, req.Secret.IssueTime)
 		if err != nil {
 			return logical.ErrorResponse("lease can't be renewed: %s", err), nil
 		}
-		projectID, keyID, _, err := leaseIDs(req.Secret)
-		if err != nil {
-			return nil, err
-		}
-		expiry := now.Add(min(ttl+keyGrace-renewSlack, maxKeyLife))
+		expiry := start.Truncate(time.Second).Add(min(ttl+keyGrace-renewSlack, maxKeyLife))
 		err = b.useClient(ctx, req.Storage, func(c *client) error {
-			return c.setKeyExpiry(ctx, projectID, keyID, expiry)
+			return c.setKeyExpiry(ctx, l.ProjectID, l.APIKeyID, expiry)
 		})
 		if err != nil {
 			return answerError("moving the key's expiry", err)
 		}
 	}
-	req.Secret.TTL = r.TTL
-	req.Secret.MaxTTL = r.MaxTTL
-	b.Logger().Debug("lease renewed", "role", roleName, "api_key_id", req.Secret.InternalData["api_key_id"])
+	req.Secret.TTL, req.Secret.MaxTTL = r.TTL, r.MaxTTL
 	return &logical.Response{Secret: req.Secret}, nil
 }
 
-// leaseIDs reads the ids that a lease holds.
-func leaseIDs(secret *logical.Secret) (projectID, keyID, accountID string, err error) {
-	projectID, _ = secret.InternalData["project_id"].(string)
-	keyID, _ = secret.InternalData["api_key_id"].(string)
-	accountID, _ = secret.InternalData["service_account_id"].(string)
-	if !validID(projectID) || !validID(accountID) {
-		err = errors.New("the lease lacks a valid project_id or service_account_id")
-	}
-	return projectID, keyID, accountID, err
-}
-
-// credRevoke deletes the service account of a lease and with it the key. An account that
-// is gone already is revoked. Vault tries again after an error.
-func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
-	projectID, keyID, accountID, err := leaseIDs(req.Secret)
+// credRevoke deletes what a lease stands for at OpenAI; what is gone already is revoked.
+// Vault tries again after an error, so what fails is remembered, for sweep, and after
+// maxRevokeFailures it is sweep's alone.
+func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *framework.FieldData) (_ *logical.Response, err error) {
+	start := time.Now()
+	l, err := leaseOf(req.Secret)
 	if err != nil {
 		return nil, err
 	}
-	err = b.useClient(ctx, req.Storage, func(c *client) error {
-		return c.deleteServiceAccount(ctx, projectID, accountID)
-	})
-	if err != nil {
-		b.Logger().Warn("revocation failed", "project_id", projectID, "service_account_id", accountID, "error", err)
-		return nil, fmt.Errorf("deleting service account %q: %w", accountID, err)
+	callCtx, cancel := context.WithTimeout(ctx, revokeTimeout)
+	defer cancel()
+	err = b.deleteCredential(callCtx, req.Storage, l)
+	b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", "revoke", "result", result(err))
+	b.report(ctx, req, credRevoked, err, l.log(start)...)
+	if err == nil {
+		return nil, nil
 	}
-	b.Logger().Debug("lease revoked", "project_id", projectID, "service_account_id", accountID, "api_key_id", keyID)
-	return nil, nil
+	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l)
+	if cleanupErr == nil && failures >= maxRevokeFailures {
+		b.metrics.add(metricHandedOver, 1)
+		b.Logger().Error("revocation keeps failing: Vault is told that it is done, and the plugin tries until OpenAI confirms",
+			"project_id", l.ProjectID, "service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID, "failures", failures)
+		return nil, nil
+	}
+	return nil, errors.Join(fmt.Errorf("deleting %q: %w", l.key(), err), cleanupErr)
+}
+
+func pathMetrics(b *backend) []*framework.Path {
+	shown := map[string]*framework.FieldSchema{}
+	for _, f := range families {
+		for _, name := range f.series() {
+			t := framework.TypeMap // of labels to value
+			if len(f.labels) == 0 {
+				t = framework.TypeFloat
+			}
+			shown[metricPrefix+name] = &framework.FieldSchema{Type: t, Description: f.help}
+		}
+	}
+	return []*framework.Path{{
+		Pattern:      "metrics",
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
+		Fields: map[string]*framework.FieldSchema{"format": {
+			Type: framework.TypeString, Query: true,
+			Description: "prometheus: Prometheus' text format. Default: data, by metric and labels.",
+		}},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: &framework.PathOperation{
+				Callback: b.metricsRead, Summary: "Read what this mount has counted on this node.",
+				DisplayAttrs: verb("read", "metrics"), Responses: responds(shown),
+			},
+		},
+		HelpSynopsis: metricsHelpSynopsis, HelpDescription: metricsHelpDescription,
+	}}
+}
+
+func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	all, err := b.gather(ctx, req.Storage)
+	if err != nil {
+		return nil, err
+	}
+	data := map[string]any{}
+	switch d.Get("format").(string) {
+	case "prometheus":
+		data[logical.HTTPContentType] = "text/plain; version=0.0.4; charset=utf-8"
+		data[logical.HTTPRawBody] = prometheus(all)
+		data[logical.HTTPStatusCode] = http.StatusOK
+	case "":
+		for name, values := range all {
+			data[metricPrefix+name] = values
+			if value, ok := values[""]; ok {
+				data[metricPrefix+name] = value
+			}
+		}
+	default:
+		return logical.ErrorResponse("format must be prometheus or absent"), nil
+	}
+	return &logical.Response{Data: data}, nil
 }
 
 const backendHelp = `
@@ -1059,7 +1210,8 @@ rotation_period (seconds or a duration) or rotation_schedule (cron, UTC; with
 rotation_window of at least an hour if wanted) rotates the key by itself;
 disable_automated_rotation=true suspends that. rotation_manager shows who does it:
 Vault's rotation manager where there is one (Enterprise), else the plugin, which looks
-once a minute. The key is never returned.
+once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI, so
+that a stolen one ends by itself. The key is never returned.
 `
 	rotateHelpSynopsis    = "Replace the Admin API key by a new one and delete the old one."
 	rotateHelpDescription = `
@@ -1070,18 +1222,41 @@ and is deleted later.
 `
 	roleHelpSynopsis    = "Manage what creds/<name> hands out."
 	roleHelpDescription = `
-A role names the OpenAI project (project_id), how its service accounts are called
-(service_account_name_template) and how long their leases run (ttl, max_ttl). The
-template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and .DisplayName,
-and Vault's functions random, uuid, truncate, truncate_sha256, lowercase, uppercase,
-replace, sha256, base64, unix_time, unix_time_millis and timestamp. Other characters
-than letters, digits, - and _ become -; names have at most 64 characters.
+A role names the OpenAI project (project_id), what its keys may do, how they are called
+(service_account_name_template) and how long their leases run (ttl, max_ttl). There are
+three kinds:
+
+    neither scopes nor service_account_id
+        Each key gets a service account of its own, with all that a member of the
+        project can do. One call to OpenAI.
+    scopes
+        Each key gets a service account of its own (service_account_role: member or
+        owner), and is restricted to the scopes. Three calls.
+    service_account_id, with or without scopes
+        Keys are made on this existing account, with its usage, roles and limits.
+        Revocation deletes the key and never the account. One call.
+
+The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and
+.DisplayName (of the token that asks), and Vault's functions random, uuid, truncate,
+truncate_sha256, lowercase, uppercase, replace, sha256, base64, unix_time,
+unix_time_millis and timestamp. Other characters than letters, digits, - and _ become
+-; names have at most 64 characters. .ProjectName costs a call, once.
+
 With enforce_key_expiry (the default) OpenAI itself expires a key about a minute after
-its lease, even if Vault is lost.
+its lease, even if Vault is lost. Set it to false for gateways that do not know
+expires_in_seconds.
 `
-	credsHelpSynopsis    = "Make a service account with an API key under a new lease."
+	credsHelpSynopsis    = "Make an API key under a new lease."
 	credsHelpDescription = `
-Each read makes a new service account with one API key. The lease can be renewed up to
-the role's max_ttl; when it ends or is revoked the account is deleted, and its key with it.
+Each read makes a new API key as the role says. The lease can be renewed up to the
+role's max_ttl; when it ends or is revoked the key's service account is deleted, and
+the key with it. Where the role names an existing account, only the key is deleted.
+`
+	metricsHelpSynopsis    = "Read what this mount has counted on this node."
+	metricsHelpDescription = `
+With format=prometheus the answer is Prometheus' text format, to be scraped through
+Vault with a token whose policy may read this path; else it is data, by metric and
+labels. Counters begin at 0 when the plugin's process starts, and each Vault node
+counts what it did itself.
 `
 )

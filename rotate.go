@@ -26,38 +26,35 @@ const (
 )
 
 const (
-	periodicTimeout = 30 * time.Second // of one tick: Vault's state lock is held meanwhile
 	proofTimeout    = 20 * time.Second // until a new admin key must be accepted by OpenAI
 	drainTimeout    = 20 * time.Second // for calls on the old key to end before it is deleted
 	minRotateRetry  = time.Minute      // after a scheduled rotation failed, doubling
 	maxRotateRetry  = time.Hour
+	expiryWarning   = 7 * 24 * time.Hour // how long before the admin key expires the log warns, once an hour
 )
 
 // errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
 var errKeyID = errors.New("admin_api_key_id is required")
 
-// adminKeyID proves the client's key and returns its id: the configured one, if that is
-// the id of this very key, else the only one whose redacted value fits.
-func (c *client) adminKeyID(ctx context.Context) (string, error) {
+// ownKey proves the client's key and returns what OpenAI knows of it: under the configured
+// id, if that is of this very key, else the only one whose redacted value fits.
+func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 	fits := func(k adminKey) bool { return k.fits(c.config.AdminAPIKey) }
 	if id := c.config.AdminAPIKeyID; id != "" {
 		k, err := c.getAdminKey(ctx, id)
-		if err != nil {
-			return "", err
+		if err == nil && !fits(*k) {
+			err = fmt.Errorf("%w: %q is the id of another key, which a rotation would delete", errKeyID, id)
 		}
-		if !fits(*k) {
-			return "", fmt.Errorf("%w: %q is the id of another key, which a rotation would delete", errKeyID, id)
-		}
-		return id, nil
+		return k, err
 	}
-	ids, err := c.adminKeysWhere(ctx, fits)
+	keys, err := c.adminKeysWhere(ctx, fits)
+	if err == nil && len(keys) != 1 {
+		err = fmt.Errorf("%w: %d of the organization's keys fit admin_api_key", errKeyID, len(keys))
+	}
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if len(ids) != 1 {
-		return "", fmt.Errorf("%w: %d of the organization's keys fit admin_api_key", errKeyID, len(ids))
-	}
-	return ids[0], nil
+	return &keys[0], nil
 }
 
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
@@ -79,9 +76,46 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	case cfg.RotationPeriod != 0 && cfg.RotationSchedule != "":
 		return errors.New("rotation_period and rotation_schedule exclude each other: clear one with rotation_period=0 or rotation_schedule=\"\"")
 	case cfg.RotationWindow != 0:
-		return rotation.DefaultScheduler.ValidateRotationWindow(int(cfg.RotationWindow.Seconds()))
+		if err := rotation.DefaultScheduler.ValidateRotationWindow(int(cfg.RotationWindow.Seconds())); err != nil {
+			return err
+		}
+	}
+	if cfg.AdminKeyTTL == 0 {
+		return nil
+	}
+	switch gap := cfg.longestGap(time.Now()); {
+	case gap == 0:
+		return errors.New("admin_key_ttl needs rotation_period or rotation_schedule, and no disable_automated_rotation: the key would expire without a successor")
+	case cfg.AdminKeyTTL < 2*gap:
+		return fmt.Errorf("admin_key_ttl must be at least twice the longest time between rotations, %s", 2*gap)
+	case cfg.AdminKeyTTL > maxKeyLife:
+		return errors.New("admin_key_ttl must be at most 365 days")
 	}
 	return nil
+}
+
+// longestGap returns the longest time between the scheduled rotations of the coming year,
+// or of the next 1,000; 0 when there are none.
+func (cfg *config) longestGap(now time.Time) time.Duration {
+	if cfg.RotationPeriod != 0 && !cfg.DisableAutomatedRotation {
+		return cfg.RotationPeriod
+	}
+	var longest time.Duration
+	probe := config{AutomatedRotationParams: cfg.AutomatedRotationParams}
+	probe.RotationWindow = 0
+	probe.LastRotatedTime = now
+	for range 1000 {
+		next := probe.nextRotation(now)
+		if next.IsZero() {
+			break
+		}
+		longest = max(longest, next.Sub(probe.LastRotatedTime))
+		if next.Sub(now) > maxKeyLife {
+			break
+		}
+		probe.LastRotatedTime = next
+	}
+	return longest
 }
 
 // registerRotation arranges who rotates cfg's key on schedule and returns the manager.
@@ -151,7 +185,7 @@ func (cfg *config) nextRotation(now time.Time) time.Time {
 func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
 	b.configMu.Lock()
 	defer b.configMu.Unlock()
-	cfg, err := b.rotate(ctx, req.Storage, "manual")
+	cfg, err := b.rotate(ctx, req, "manual")
 	if err != nil {
 		return answerError("rotating the admin API key", err)
 	}
@@ -170,7 +204,7 @@ func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fra
 func (b *backend) rotateCredential(ctx context.Context, req *logical.Request) error {
 	b.configMu.Lock()
 	defer b.configMu.Unlock()
-	_, err := b.rotate(ctx, req.Storage, managerVault)
+	_, err := b.rotate(ctx, req, managerVault)
 	return err
 }
 
@@ -184,13 +218,15 @@ func (b *backend) rotateCredential(ctx context.Context, req *logical.Request) er
 //	old key deleted        its id is still in PendingDeletion: deleting it again is no error
 //
 // So config holds a working key at any moment.
-func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string) (cfg *config, err error) {
+func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger string) (cfg *config, err error) {
+	start, s := time.Now(), req.Storage
 	defer func() {
-		if err != nil {
-			b.Logger().Error("rotating the admin API key failed; the present one stays in use", "trigger", trigger, "error", err)
-			return
+		b.metrics.add(metricRotations, 1, "trigger", trigger, "result", result(err))
+		pairs := []any{"trigger", trigger, "duration", time.Since(start).Round(time.Millisecond).String()}
+		if err == nil {
+			pairs = append(pairs, "admin_api_key_id", cfg.AdminAPIKeyID, "pending_deletion", strings.Join(cfg.PendingDeletion, ","))
 		}
-		b.Logger().Info("admin API key rotated", "trigger", trigger, "admin_api_key_id", cfg.AdminAPIKeyID, "pending_deletion", cfg.PendingDeletion)
+		b.report(ctx, req, keyRotated, err, pairs...)
 	}()
 	if cfg, err = getConfig(ctx, s); err != nil {
 		return nil, err
@@ -198,8 +234,8 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string)
 	if cfg == nil {
 		return nil, errNotConfigured
 	}
-	current := newClient(cfg, b.transport, b.throttle)
-	oldID, err := current.adminKeyID(ctx)
+	current := b.newClient(cfg)
+	old, err := current.ownKey(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("checking the present key: %w", err)
 	}
@@ -209,11 +245,11 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string)
 		return nil, err
 	}
 	name := "vault-admin-" + suffix
-	walID, err := framework.PutWAL(ctx, s, walAdminKey, walKey{Name: name})
+	walID, err := framework.PutWAL(ctx, s, walAdminKey, pendingAdminKey{Name: name})
 	if err != nil {
 		return nil, fmt.Errorf("writing write-ahead log: %w", err)
 	}
-	key, err := current.createAdminKey(ctx, name)
+	key, err := current.createAdminKey(ctx, name, cfg.AdminKeyTTL)
 	if err != nil {
 		if notDone(err) {
 			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
@@ -221,16 +257,16 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string)
 		return nil, fmt.Errorf("creating admin API key: %w", err)
 	}
 
-	cfg.AdminAPIKey, cfg.AdminAPIKeyID = key.Value, key.ID
+	cfg.AdminAPIKey, cfg.AdminAPIKeyID, cfg.AdminKeyExpires = key.Value, key.ID, unixTime(key.ExpiresAt)
 	cfg.LastRotatedTime = time.Now()
-	next := newClient(cfg, b.transport, b.throttle)
+	next := b.newClient(cfg)
 	if err := next.awaitKey(ctx); err != nil {
 		if current.deleteAdminKey(ctx, key.ID) == nil {
 			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
 		}
 		return nil, fmt.Errorf("proving the new admin API key: %w", err)
 	}
-	cfg.PendingDeletion = append(cfg.PendingDeletion, oldID)
+	cfg.PendingDeletion = append(cfg.PendingDeletion, old.ID)
 	// Whether a failed write was stored is not known: the new key stays, for rollback to
 	// delete unless config turns out to hold it.
 	if err := putConfig(ctx, s, cfg); err != nil {
@@ -244,7 +280,7 @@ func (b *backend) rotate(ctx context.Context, s logical.Storage, trigger string)
 
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
 	if previous != nil && !previous.drained(ctx) {
-		b.Logger().Warn("calls still use the old admin API key, it will be deleted later", "admin_api_key_id", oldID)
+		b.Logger().Warn("calls still use the old admin API key, it will be deleted later", "admin_api_key_id", old.ID)
 		return cfg, nil
 	}
 	b.deletePending(ctx, s, cfg, next)
@@ -305,8 +341,13 @@ func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *con
 	}
 }
 
+// pendingAdminKey is written before a rotation makes a key and deleted when config holds it.
+type pendingAdminKey struct {
+	Name string `json:"name"`
+}
+
 // rollbackAdminKey deletes the admin key of a rotation that did not get as far as config.
-func (b *backend) rollbackAdminKey(ctx context.Context, s logical.Storage, w walKey) error {
+func (b *backend) rollbackAdminKey(ctx context.Context, s logical.Storage, p pendingAdminKey) error {
 	if !b.configMu.TryLock() {
 		return errors.New("config is being changed")
 	}
@@ -319,42 +360,39 @@ func (b *backend) rollbackAdminKey(ctx context.Context, s logical.Storage, w wal
 		return errNotConfigured
 	}
 	return b.useClient(ctx, s, func(c *client) error {
-		ids, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return k.Name == w.Name })
+		keys, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return k.Name == p.Name })
 		if err != nil {
-			return fmt.Errorf("looking for admin API key %q: %w", w.Name, err)
+			return fmt.Errorf("looking for admin API key %q: %w", p.Name, err)
 		}
-		for _, id := range ids {
-			if id == cfg.AdminAPIKeyID || slices.Contains(cfg.PendingDeletion, id) {
+		for _, k := range keys {
+			if k.ID == cfg.AdminAPIKeyID || slices.Contains(cfg.PendingDeletion, k.ID) {
 				continue
 			}
-			if err := c.deleteAdminKey(ctx, id); err != nil {
-				return fmt.Errorf("deleting admin API key %q: %w", id, err)
+			if err := c.deleteAdminKey(ctx, k.ID); err != nil {
+				return fmt.Errorf("deleting admin API key %q: %w", k.ID, err)
 			}
-			b.Logger().Info("rolled back an admin API key that was never put to use", "admin_api_key_id", id)
+			b.Logger().Info("rolled back an admin API key that was never put to use", "admin_api_key_id", k.ID)
 		}
 		return nil
 	})
 }
 
-// periodic is called by Vault about every minute, on every node. Its work is bounded
-// and its errors are only logged: Vault would drop them.
-func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
-	if !b.WriteSafeReplicationState() || !b.configMu.TryLock() {
-		return nil
+// rotatePeriodically is the part of periodic that is about the admin key: what is left of
+// earlier rotations, and a scheduled one that is due.
+func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) {
+	if !b.configMu.TryLock() {
+		return
 	}
 	defer b.configMu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, periodicTimeout)
-	defer cancel()
 	cfg, err := getConfig(ctx, req.Storage)
 	if err != nil {
 		b.Logger().Error("periodic work failed", "error", err)
-		return nil
 	}
-	if cfg == nil {
-		return nil
+	if err != nil || cfg == nil {
+		return
 	}
 	if len(cfg.PendingDeletion) > 0 {
-		b.deletePending(ctx, req.Storage, cfg, newClient(cfg, b.transport, b.throttle))
+		b.deletePending(ctx, req.Storage, cfg, b.newClient(cfg))
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
 		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
@@ -362,23 +400,20 @@ func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
 		}
 		if err != nil {
 			b.Logger().Error("taking over the older plugin's rotation settings failed", "error", err)
-			return nil
+			return
 		}
 	}
-	b.rotateWhenDue(ctx, req.Storage, cfg)
-	return nil
-}
-
-// rotateWhenDue rotates where the plugin does so by itself. The caller holds configMu.
-func (b *backend) rotateWhenDue(ctx context.Context, s logical.Storage, cfg *config) {
 	now := time.Now()
 	next := cfg.nextRotation(now)
-	if cfg.RotationManager != managerPlugin || next.IsZero() || now.Before(next) || now.Before(b.retryRotation) {
-		return
+	if cfg.RotationManager == managerPlugin && !next.IsZero() && !now.Before(next) && !now.Before(b.retryRotation) {
+		if cfg, err = b.rotate(ctx, req, managerPlugin); err != nil {
+			b.retryRotation = now.Add(min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry))
+			b.rotationFailures++
+			return
+		}
 	}
-	if _, err := b.rotate(ctx, s, managerPlugin); err != nil {
-		wait := min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry)
-		b.rotationFailures++
-		b.retryRotation = now.Add(wait)
+	if left := cfg.AdminKeyExpires.Sub(now); !cfg.AdminKeyExpires.IsZero() && left < expiryWarning && now.Sub(b.expiryWarned) > time.Hour {
+		b.expiryWarned = now
+		b.Logger().Warn("the admin API key expires soon: rotate or replace it", "expires_at", formatTime(cfg.AdminKeyExpires))
 	}
 }
