@@ -311,22 +311,11 @@ func (b *backend) deleteCredential(ctx context.Context, s logical.Storage, l *le
 // tries too.
 func (b *backend) rememberCleanup(ctx context.Context, s logical.Storage, l *lease) (failures int, err error) {
 	c := cleanup{lease: *l}
-	entry, err := s.Get(ctx, cleanupPrefix+l.key())
-	if err == nil && entry != nil {
-		err = entry.DecodeJSON(&c)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("reading clean-up entry: %w", err)
+	if _, err := getJSON(ctx, s, cleanupPrefix+l.key(), &c); err != nil {
+		return 0, err
 	}
 	c.Failures++
-	entry, err = logical.StorageEntryJSON(cleanupPrefix+l.key(), c)
-	if err == nil {
-		err = s.Put(ctx, entry)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("storing clean-up entry: %w", err)
-	}
-	return c.Failures, nil
+	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.key(), c)
 }
 
 // sweep works clean-up entries off until ctx ends, beginning where the last one stopped.
@@ -365,13 +354,9 @@ func (b *backend) sweep(ctx context.Context, s logical.Storage) {
 
 // sweepOne deletes what an entry stands for, and then the entry.
 func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) error {
-	entry, err := s.Get(ctx, cleanupPrefix+id)
-	if err != nil || entry == nil {
-		return err
-	}
 	var c cleanup
-	if err := entry.DecodeJSON(&c); err != nil {
-		return fmt.Errorf("decoding: %w", err)
+	if found, err := getJSON(ctx, s, cleanupPrefix+id, &c); err != nil || !found {
+		return err
 	}
 	if err := b.deleteCredential(ctx, s, &c.lease); err != nil {
 		return err

@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -226,15 +227,7 @@ func (e *transportError) Unwrap() error { return e.err }
 // isStatus tells whether err is OpenAI's answer with one of the statuses.
 func isStatus(err error, statuses ...int) bool {
 	var e *apiError
-	if !errors.As(err, &e) {
-		return false
-	}
-	for _, s := range statuses {
-		if e.Status == s {
-			return true
-		}
-	}
-	return false
+	return errors.As(err, &e) && slices.Contains(statuses, e.Status)
 }
 
 // isNotFound tells whether OpenAI itself says that the thing does not exist. The 404

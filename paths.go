@@ -7,7 +7,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -71,32 +70,38 @@ type config struct {
 	AdminKeyExpires time.Time `json:"admin_key_expires,omitzero"`
 }
 
-// getConfig reads the config; nil when there is none.
-func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
-	entry, err := s.Get(ctx, configPath)
+// getJSON reads a storage entry into out; false when there is none.
+func getJSON(ctx context.Context, s logical.Storage, key string, out any) (bool, error) {
+	entry, err := s.Get(ctx, key)
+	if err == nil && entry != nil {
+		err = entry.DecodeJSON(out)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("reading config: %w", err)
+		return false, fmt.Errorf("reading %s: %w", key, err)
 	}
-	if entry == nil {
-		return nil, nil
-	}
-	cfg := &config{}
-	if err := entry.DecodeJSON(cfg); err != nil {
-		return nil, fmt.Errorf("decoding config: %w", err)
-	}
-	cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/")
-	return cfg, nil
+	return entry != nil, nil
 }
 
-func putConfig(ctx context.Context, s logical.Storage, cfg *config) error {
-	entry, err := logical.StorageEntryJSON(configPath, cfg)
-	if err != nil {
-		return fmt.Errorf("encoding config: %w", err)
+func putJSON(ctx context.Context, s logical.Storage, key string, value any) error {
+	entry, err := logical.StorageEntryJSON(key, value)
+	if err == nil {
+		err = s.Put(ctx, entry)
 	}
-	if err := s.Put(ctx, entry); err != nil {
-		return fmt.Errorf("storing config: %w", err)
+	if err != nil {
+		return fmt.Errorf("storing %s: %w", key, err)
 	}
 	return nil
+}
+
+// getConfig reads the config; nil when there is none.
+func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
+	cfg := &config{}
+	found, err := getJSON(ctx, s, configPath, cfg)
+	if err != nil || !found {
+		return nil, err
+	}
+	cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/") // as the older plugin may have it
+	return cfg, nil
 }
 
 // toResponseData is what reading config shows: everything but the key.
@@ -132,111 +137,100 @@ func unixTime(seconds int64) time.Time {
 	return time.Unix(seconds, 0)
 }
 
-// The rest of the table of paths is written out; these are its recurring parts.
+// The parts of the table of paths. A field is a request's or an answer's.
 
-func noContent() map[int][]framework.Response {
-	return map[int][]framework.Response{http.StatusNoContent: {{Description: http.StatusText(http.StatusNoContent)}}}
+type fieldMap = map[string]*framework.FieldSchema
+
+func field(t framework.FieldType, description string) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: t, Description: description}
 }
 
-func responds(fields map[string]*framework.FieldSchema) map[int][]framework.Response {
-	return map[int][]framework.Response{http.StatusOK: {{Description: http.StatusText(http.StatusOK), Fields: fields}}}
+// required is a field that every request must have had once, or that every answer has.
+func required(t framework.FieldType, description string) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: t, Description: description, Required: true}
 }
 
-func verb(name, suffix string) *framework.DisplayAttributes {
-	return &framework.DisplayAttributes{OperationVerb: name, OperationSuffix: suffix}
+func defaulted(t framework.FieldType, value any, description string) *framework.FieldSchema {
+	return &framework.FieldSchema{Type: t, Description: description, Default: value}
 }
 
-// shows is a field of an answer.
-func shows(t framework.FieldType, description string) *framework.FieldSchema {
-	return &framework.FieldSchema{Type: t, Required: true, Description: description}
+// sensitive marks a field whose value is a secret.
+func sensitive(f *framework.FieldSchema) *framework.FieldSchema {
+	f.DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
+	return f
+}
+
+// operation is handled by the node that gets it; verb and suffix name it in OpenAPI. Its
+// answer has the fields, or no content where there are none.
+func operation(handler framework.OperationFunc, verb, suffix, summary string, fields fieldMap) *framework.PathOperation {
+	status := http.StatusOK
+	if fields == nil {
+		status = http.StatusNoContent
+	}
+	return &framework.PathOperation{
+		Callback: handler, Summary: summary,
+		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix},
+		Responses:    map[int][]framework.Response{status: {{Description: http.StatusText(status), Fields: fields}}},
+	}
+}
+
+// forwarded makes a performance standby or secondary pass the operation on to where
+// storage can be written.
+func forwarded(op *framework.PathOperation) *framework.PathOperation {
+	op.ForwardPerformanceStandby, op.ForwardPerformanceSecondary = true, true
+	return op
 }
 
 func pathConfig(b *backend) []*framework.Path {
-	fields := map[string]*framework.FieldSchema{
-		"admin_api_key": {
-			Type: framework.TypeString, Required: true, DisplayAttrs: &framework.DisplayAttributes{Name: "Admin API key", Sensitive: true},
-			Description: "Admin API key of the OpenAI organization. Required. Never returned.",
-		},
-		"admin_api_key_id": {
-			Type:        framework.TypeString,
-			Description: "ID of that very key (key_…), which a rotation deletes. Found at OpenAI when absent.",
-		},
-		"organization_id": {
-			Type: framework.TypeString, Required: true,
-			Description: "ID of the OpenAI organization (org-…). Required.",
-		},
-		"api_endpoint": {
-			Type: framework.TypeString, Default: defaultEndpoint,
-			Description: "Base URL of the OpenAI API: https, or http to a loopback address. Default " + defaultEndpoint + ".",
-		},
-		"admin_key_ttl": {
-			Type:        framework.TypeDurationSecond,
-			Description: "Life of the admin keys that rotation makes, at least twice the time between scheduled rotations, at most 365 days. Default 0: without end.",
-		},
-		"verify_connection": {
-			Type: framework.TypeBool, Default: true,
-			Description: "Whether this write proves the key against OpenAI before it is stored: true or false. Not stored itself. Default true.",
-		},
+	fields := fieldMap{
+		"admin_api_key":     sensitive(required(framework.TypeString, "Admin API key of the OpenAI organization. Required. Never returned.")),
+		"admin_api_key_id":  field(framework.TypeString, "ID of that very key (key_…), which a rotation deletes. Found at OpenAI when absent."),
+		"organization_id":   required(framework.TypeString, "ID of the OpenAI organization (org-…). Required."),
+		"api_endpoint":      defaulted(framework.TypeString, defaultEndpoint, "Base URL of the OpenAI API: https, or http to a loopback address. Default "+defaultEndpoint+"."),
+		"admin_key_ttl":     field(framework.TypeDurationSecond, "Life of the admin keys that rotation makes: at least twice the time between scheduled rotations, at most 365 days. Default 0: without end."),
+		"verify_connection": defaulted(framework.TypeBool, true, "Whether this write proves the key against OpenAI before it is stored: true or false. Not stored itself. Default true."),
 	}
 	automatedrotationutil.AddAutomatedRotationFields(fields)
-	shown := map[string]*framework.FieldSchema{
-		"admin_api_key_id":     shows(framework.TypeString, "ID of the admin API key."),
-		"organization_id":      shows(framework.TypeString, "ID of the organization."),
-		"api_endpoint":         shows(framework.TypeString, "Base URL of the OpenAI API."),
-		"admin_key_ttl":        shows(framework.TypeDurationSecond, "Life of the admin keys that rotation makes, in seconds; 0: without end."),
-		"admin_key_expires_at": shows(framework.TypeString, "When OpenAI expires the present key (RFC 3339, UTC); empty: never, or not known."),
-		"last_rotated":         shows(framework.TypeString, "When the key was written or rotated (RFC 3339, UTC)."),
-		"next_rotation":        shows(framework.TypeString, "When the key is due next (RFC 3339, UTC); empty: never."),
-		"rotation_manager":     shows(framework.TypeString, "Who rotates on schedule: vault, plugin or none."),
-		"pending_deletion":     shows(framework.TypeCommaStringSlice, "IDs of replaced admin keys still to be deleted at OpenAI."),
+	shown := fieldMap{
+		"admin_api_key_id":     required(framework.TypeString, "ID of the admin API key."),
+		"organization_id":      required(framework.TypeString, "ID of the organization."),
+		"api_endpoint":         required(framework.TypeString, "Base URL of the OpenAI API."),
+		"admin_key_ttl":        required(framework.TypeDurationSecond, "Life of the admin keys that rotation makes, in seconds; 0: without end."),
+		"admin_key_expires_at": required(framework.TypeString, "When OpenAI expires the present key (RFC 3339, UTC); empty: never, or not known."),
+		"last_rotated":         required(framework.TypeString, "When the key was written or rotated (RFC 3339, UTC)."),
+		"next_rotation":        required(framework.TypeString, "When the key is due next (RFC 3339, UTC); empty: never."),
+		"rotation_manager":     required(framework.TypeString, "Who rotates on schedule: vault, plugin or none."),
+		"pending_deletion":     required(framework.TypeCommaStringSlice, "IDs of replaced admin keys still to be deleted at OpenAI."),
 	}
 	automatedrotationutil.AddAutomatedRotationFields(shown)
-	write := &framework.PathOperation{
-		Callback: b.configWrite, Summary: "Configure the admin API key and how it is rotated.",
-		DisplayAttrs: verb("configure", ""), Responses: noContent(),
-		ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
+	rotated := fieldMap{
+		"admin_api_key_id": required(framework.TypeString, "ID of the new admin API key."),
+		"rotated_time":     required(framework.TypeString, "When it was put to use (RFC 3339, UTC)."),
 	}
-	return []*framework.Path{
-		{
-			Pattern:      configPath,
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
-			Fields:       fields,
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.CreateOperation: write,
-				logical.UpdateOperation: write,
-				logical.ReadOperation: &framework.PathOperation{
-					Callback: b.configRead, Summary: "Read the configuration, without the admin API key.",
-					DisplayAttrs: verb("read", "configuration"), Responses: responds(shown),
-				},
-				logical.DeleteOperation: &framework.PathOperation{
-					Callback: b.configDelete, Summary: "Delete the configuration. Leases can't be revoked without one.",
-					DisplayAttrs: verb("delete", "configuration"), Responses: noContent(),
-					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
-				},
-			},
-			ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (bool, error) {
-				cfg, err := getConfig(ctx, req.Storage)
-				return cfg != nil, err
-			},
-			HelpSynopsis: configHelpSynopsis, HelpDescription: configHelpDescription,
+	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and how it is rotated.", nil))
+	return []*framework.Path{{
+		Pattern:      configPath,
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
+		Fields:       fields,
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.CreateOperation: write,
+			logical.UpdateOperation: write,
+			logical.ReadOperation:   operation(b.configRead, "read", "configuration", "Read the configuration, without the admin API key.", shown),
+			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration", "Delete the configuration. Leases can't be revoked without one.", nil)),
 		},
-		{
-			Pattern:      configPath + "/rotate",
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.UpdateOperation: &framework.PathOperation{
-					Callback: b.configRotate, Summary: "Replace the admin API key by a new one and delete the old one.",
-					DisplayAttrs: verb("rotate", "admin-api-key"),
-					Responses: responds(map[string]*framework.FieldSchema{
-						"admin_api_key_id": shows(framework.TypeString, "ID of the new admin API key."),
-						"rotated_time":     shows(framework.TypeString, "When it was put to use (RFC 3339, UTC)."),
-					}),
-					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
-				},
-			},
-			HelpSynopsis: rotateHelpSynopsis, HelpDescription: rotateHelpDescription,
+		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (bool, error) {
+			cfg, err := getConfig(ctx, req.Storage)
+			return cfg != nil, err
 		},
-	}
+		HelpSynopsis: configHelpSynopsis, HelpDescription: configHelpDescription,
+	}, {
+		Pattern:      configPath + "/rotate",
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key", "Replace the admin API key by a new one and delete the old one.", rotated)),
+		},
+		HelpSynopsis: rotateHelpSynopsis, HelpDescription: rotateHelpDescription,
+	}}
 }
 
 func (b *backend) configRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
@@ -289,7 +283,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 	if cfg.RotationManager == managerPlugin && cfg.RotationPolicy != "" {
 		resp.AddWarning("rotation_policy has no effect: this Vault has no rotation manager, so the plugin rotates by itself")
 	}
-	if err := putConfig(ctx, req.Storage, &cfg); err != nil {
+	if err := putJSON(ctx, req.Storage, configPath, &cfg); err != nil {
 		return nil, err
 	}
 	b.setClient(nil)
@@ -319,6 +313,19 @@ func verificationFailed(err error) string {
 	return "the admin API key could not be verified: " + err.Error() + "; check api_endpoint, or store without asking OpenAI: verify_connection=false"
 }
 
+// setText sets a field that the request names, and setSeconds likewise.
+func setText(d *framework.FieldData, name string, field *string) {
+	if v, ok := d.GetOk(name); ok {
+		*field = v.(string)
+	}
+}
+
+func setSeconds(d *framework.FieldData, name string, field *time.Duration) {
+	if v, ok := d.GetOk(name); ok {
+		*field = time.Duration(v.(int)) * time.Second
+	}
+}
+
 // update sets the fields that d names and checks the whole. Its error is the caller's.
 func (cfg *config) update(d *framework.FieldData) error {
 	if v, ok := d.GetOk("admin_api_key"); ok {
@@ -327,15 +334,9 @@ func (cfg *config) update(d *framework.FieldData) error {
 		}
 		cfg.AdminAPIKey = v.(string)
 	}
-	if v, ok := d.GetOk("admin_api_key_id"); ok {
-		cfg.AdminAPIKeyID = v.(string)
-	}
-	if v, ok := d.GetOk("organization_id"); ok {
-		cfg.OrganizationID = v.(string)
-	}
-	if v, ok := d.GetOk("admin_key_ttl"); ok {
-		cfg.AdminKeyTTL = time.Duration(v.(int)) * time.Second
-	}
+	setText(d, "admin_api_key_id", &cfg.AdminAPIKeyID)
+	setText(d, "organization_id", &cfg.OrganizationID)
+	setSeconds(d, "admin_key_ttl", &cfg.AdminKeyTTL)
 	if v, ok := d.GetOk("api_endpoint"); ok || cfg.APIEndpoint == "" {
 		if v == nil || v.(string) == "" {
 			v = defaultEndpoint
@@ -437,16 +438,10 @@ type role struct {
 
 // getRole reads a role; nil when there is none.
 func getRole(ctx context.Context, s logical.Storage, name string) (*role, error) {
-	entry, err := s.Get(ctx, rolePrefix+name)
-	if err != nil {
-		return nil, fmt.Errorf("reading role %q: %w", name, err)
-	}
-	if entry == nil {
-		return nil, nil
-	}
 	r := newRole()
-	if err := entry.DecodeJSON(r); err != nil {
-		return nil, fmt.Errorf("decoding role %q: %w", name, err)
+	found, err := getJSON(ctx, s, rolePrefix+name, r)
+	if err != nil || !found {
+		return nil, err
 	}
 	if r.MaxTTL <= 0 {
 		r.MaxTTL = defaultMaxTTL
@@ -481,90 +476,44 @@ func (r *role) toResponseData() map[string]any {
 }
 
 func pathRoles(b *backend) []*framework.Path {
-	name := &framework.FieldSchema{Type: framework.TypeString, Required: true, Description: "Name of the role."}
-	settings := map[string]*framework.FieldSchema{
-		"project_id": {
-			Type: framework.TypeString, Required: true,
-			Description: "ID of the OpenAI project that the service accounts are in (proj_…). Required.",
-		},
-		"service_account_name_template": {
-			Type: framework.TypeString, Default: defaultNameTemplate,
-			Description: "Template of the name of a service account, or of a key where service_account_id is set. Must give another name each time. Default " + defaultNameTemplate + ".",
-		},
-		"service_account_description": {
-			Type: framework.TypeString, Default: defaultDescription,
-			Description: "Description, kept with the role only: OpenAI has no such field. Default \"" + defaultDescription + "\".",
-		},
-		"ttl": {
-			Type: framework.TypeDurationSecond, Default: int(defaultTTL.Seconds()),
-			Description: "TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h.",
-		},
-		"max_ttl": {
-			Type: framework.TypeDurationSecond, Default: int(defaultMaxTTL.Seconds()),
-			Description: "Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h.",
-		},
-		"enforce_key_expiry": {
-			Type: framework.TypeBool, Default: true,
-			Description: "Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true.",
-		},
-		"scopes": {
-			Type:        framework.TypeCommaStringSlice,
-			Description: "Scopes that the keys are restricted to, like api.responses.write. Default: none, the keys can do what their service account can.",
-		},
-		"service_account_role": {
-			Type:        framework.TypeString,
-			Description: "Role of a service account that is made for a key with scopes: member or owner. Default member.",
-		},
-		"service_account_id": {
-			Type:        framework.TypeString,
-			Description: "ID of an existing service account that keys are made on (svc_acct_…). Default: each key gets an account of its own.",
-		},
+	settings := fieldMap{
+		"project_id":                    required(framework.TypeString, "ID of the OpenAI project that the service accounts are in (proj_…). Required."),
+		"service_account_name_template": defaulted(framework.TypeString, defaultNameTemplate, "Template of the name of a service account, or of a key where service_account_id is set. Must give another name each time. Default "+defaultNameTemplate+"."),
+		"service_account_description":   defaulted(framework.TypeString, defaultDescription, "Description, kept with the role only: OpenAI has no such field. Default \""+defaultDescription+"\"."),
+		"ttl":                           defaulted(framework.TypeDurationSecond, int(defaultTTL.Seconds()), "TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h."),
+		"max_ttl":                       defaulted(framework.TypeDurationSecond, int(defaultMaxTTL.Seconds()), "Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h."),
+		"enforce_key_expiry":            defaulted(framework.TypeBool, true, "Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true."),
+		"scopes":                        field(framework.TypeCommaStringSlice, "Scopes that the keys are restricted to, like api.responses.write. Default: none, the keys can do what their service account can."),
+		"service_account_role":          field(framework.TypeString, "Role of a service account that is made for a key with scopes: member or owner. Default member."),
+		"service_account_id":            field(framework.TypeString, "ID of an existing service account that keys are made on (svc_acct_…). Default: each key gets an account of its own."),
 	}
 	fields := maps.Clone(settings)
-	fields["name"] = name
-	write := &framework.PathOperation{
-		Callback: b.roleWrite, Summary: "Create or update a role.",
-		DisplayAttrs: verb("write", ""), Responses: noContent(),
-		ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
-	}
-	return []*framework.Path{
-		{
-			Pattern:      rolePrefix + "?$",
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "roles"},
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.ListOperation: &framework.PathOperation{
-					Callback: b.roleList, Summary: "List the roles.", DisplayAttrs: verb("list", ""),
-					Responses: responds(map[string]*framework.FieldSchema{
-						"keys": {Type: framework.TypeStringSlice, Description: "Names of the roles."},
-					}),
-				},
-			},
-			HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
+	fields["name"] = required(framework.TypeString, "Name of the role.")
+	names := fieldMap{"keys": field(framework.TypeStringSlice, "Names of the roles.")}
+	write := forwarded(operation(b.roleWrite, "write", "", "Create or update a role.", nil))
+	return []*framework.Path{{
+		Pattern:      rolePrefix + "?$",
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "roles"},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names),
 		},
-		{
-			Pattern:      rolePrefix + framework.GenericNameRegex("name"),
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "role"},
-			Fields:       fields,
-			Operations: map[logical.Operation]framework.OperationHandler{
-				logical.CreateOperation: write,
-				logical.UpdateOperation: write,
-				logical.ReadOperation: &framework.PathOperation{
-					Callback: b.roleRead, Summary: "Read a role.",
-					DisplayAttrs: verb("read", ""), Responses: responds(settings),
-				},
-				logical.DeleteOperation: &framework.PathOperation{
-					Callback: b.roleDelete, Summary: "Delete a role. Its leases live on, but can't be renewed.",
-					DisplayAttrs: verb("delete", ""), Responses: noContent(),
-					ForwardPerformanceStandby: true, ForwardPerformanceSecondary: true,
-				},
-			},
-			ExistenceCheck: func(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
-				r, err := getRole(ctx, req.Storage, d.Get("name").(string))
-				return r != nil, err
-			},
-			HelpSynopsis: roleHelpSynopsis, HelpDescription: roleHelpDescription,
+		HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
+	}, {
+		Pattern:      rolePrefix + framework.GenericNameRegex("name"),
+		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "role"},
+		Fields:       fields,
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.CreateOperation: write,
+			logical.UpdateOperation: write,
+			logical.ReadOperation:   operation(b.roleRead, "read", "", "Read a role.", settings),
+			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "", "Delete a role. Its leases live on, but can't be renewed.", nil)),
 		},
-	}
+		ExistenceCheck: func(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
+			r, err := getRole(ctx, req.Storage, d.Get("name").(string))
+			return r != nil, err
+		},
+		HelpSynopsis: roleHelpSynopsis, HelpDescription: roleHelpDescription,
+	}}
 }
 
 func (b *backend) roleList(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
@@ -646,12 +595,8 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 		resp.AddWarning(fmt.Sprintf("max_ttl %s is more than the mount's maximum of %s, which bounds the leases", r.MaxTTL, limit))
 	}
 
-	entry, err := logical.StorageEntryJSON(rolePrefix+name, r)
-	if err != nil {
-		return nil, fmt.Errorf("encoding role %q: %w", name, err)
-	}
-	if err := req.Storage.Put(ctx, entry); err != nil {
-		return nil, fmt.Errorf("storing role %q: %w", name, err)
+	if err := putJSON(ctx, req.Storage, rolePrefix+name, r); err != nil {
+		return nil, err
 	}
 	b.report(ctx, req, roleWritten, nil, "name", name, "project_id", r.ProjectID)
 	return warningsOnly(resp), nil
@@ -660,23 +605,13 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 // update sets the fields that d names and checks what needs no call. Its error is the
 // caller's.
 func (r *role) update(d *framework.FieldData) error {
-	for name, field := range map[string]*string{
-		"project_id":                    &r.ProjectID,
-		"service_account_name_template": &r.ServiceAccountNameTemplate,
-		"service_account_description":   &r.ServiceAccountDescription,
-		"service_account_role":          &r.ServiceAccountRole,
-		"service_account_id":            &r.ServiceAccountID,
-	} {
-		if v, ok := d.GetOk(name); ok {
-			*field = v.(string)
-		}
-	}
-	if v, ok := d.GetOk("ttl"); ok {
-		r.TTL = time.Duration(v.(int)) * time.Second
-	}
-	if v, ok := d.GetOk("max_ttl"); ok {
-		r.MaxTTL = time.Duration(v.(int)) * time.Second
-	}
+	setText(d, "project_id", &r.ProjectID)
+	setText(d, "service_account_name_template", &r.ServiceAccountNameTemplate)
+	setText(d, "service_account_description", &r.ServiceAccountDescription)
+	setText(d, "service_account_role", &r.ServiceAccountRole)
+	setText(d, "service_account_id", &r.ServiceAccountID)
+	setSeconds(d, "ttl", &r.TTL)
+	setSeconds(d, "max_ttl", &r.MaxTTL)
 	if _, named := d.Raw["ttl"]; !named && r.TTL == 0 {
 		r.TTL = min(defaultTTL, r.MaxTTL) // a new role
 	}
@@ -725,7 +660,7 @@ type nameData struct {
 
 // renderName makes an account's name that OpenAI takes: what is not a letter, digit,
 // - or _ becomes -. Its length is not bounded here.
-func renderName(raw string, data nameData, overrides ...template.Opt) (string, error) {
+func renderName(raw string, data nameData) (string, error) {
 	// One role must not be able to exhaust the process that serves all mounts: no loops,
 	// no function that multiplies what it is given.
 	if len(raw) > maxTemplateLength || loopPattern.MatchString(raw) {
@@ -733,7 +668,7 @@ func renderName(raw string, data nameData, overrides ...template.Opt) (string, e
 	}
 	options := []template.Opt{
 		template.Template(raw),
-		template.Function("random", func(n int) (string, error) { return randomText(n) }),
+		template.Function("random", randomText),
 		template.Function("replace", boundedReplace),
 	}
 	for _, name := range []string{"html", "js", "urlquery", "print", "printf", "println"} {
@@ -741,11 +676,11 @@ func renderName(raw string, data nameData, overrides ...template.Opt) (string, e
 			return "", fmt.Errorf("the function %s is not available", name)
 		}))
 	}
-	t, err := template.NewTemplate(append(options, overrides...)...)
-	if err != nil {
-		return "", fmt.Errorf("is not valid: %w", err)
+	t, err := template.NewTemplate(options...)
+	name := ""
+	if err == nil {
+		name, err = t.Generate(data)
 	}
-	name, err := t.Generate(data)
 	if err != nil {
 		return "", fmt.Errorf("is not valid: %w", err)
 	}
@@ -776,26 +711,12 @@ func boundedReplace(find, replacement, s string) (string, error) {
 	return strings.ReplaceAll(s, find, replacement), nil
 }
 
-// checkNameTemplate refuses a template whose names are empty, too long, or not unique:
-// rollback finds a lost account by its name. Two samples of everything random share
-// their first five characters, so that a template which keeps no more is refused too;
-// clocks stand still.
+// checkNameTemplate refuses a template whose names are empty, too long, or the same twice.
 func checkNameTemplate(raw string, data nameData) error {
 	var names [2]string
-	for i := range names {
-		sample := "abcde" + strings.Repeat(strconv.Itoa(i), maxNameLength)
-		data.RandomSuffix = sample[:10]
-		fixed := func(...any) string { return "0" }
-		name, err := renderName(raw, data,
-			template.Function("random", func(n int) (string, error) {
-				_, err := randomText(n)
-				return sample[:min(max(n, 0), maxNameLength)], err
-			}),
-			template.Function("uuid", func() string { return sample[:36] }),
-			template.Function("unix_time", fixed),
-			template.Function("unix_time_millis", fixed),
-			template.Function("timestamp", fixed),
-		)
+	for i, suffix := range []string{"0123456789", "abcdefghij"} {
+		data.RandomSuffix = suffix
+		name, err := renderName(raw, data)
 		if err != nil {
 			return err
 		}
@@ -807,13 +728,13 @@ func checkNameTemplate(raw string, data nameData) error {
 	case len(names[0]) > maxNameLength:
 		return fmt.Errorf("renders %d characters, at most %d are allowed", len(names[0]), maxNameLength)
 	case names[0] == names[1]:
-		return errors.New("must give another name each time: use {{.RandomSuffix}}, {{random 10}} or {{uuid}}")
+		return errors.New("must give another name each time: use {{.RandomSuffix}}")
 	}
 	return nil
 }
 
-// credentialName makes the name of a new service account or key, unique also for roles of the
-// older plugin, whose templates nobody checked.
+// credentialName makes the name of a new service account or key. It is unique, since
+// rollback finds what is lost by its name: what lacks the whole suffix gets it.
 func (b *backend) credentialName(ctx context.Context, req *logical.Request, roleName string, r *role) (string, error) {
 	suffix, err := randomText(10)
 	if err != nil {
@@ -833,51 +754,38 @@ func (b *backend) credentialName(ctx context.Context, req *logical.Request, role
 	if err != nil {
 		return "", fmt.Errorf("service_account_name_template %w", err)
 	}
-	if !strings.Contains(name, suffix) && checkNameTemplate(r.ServiceAccountNameTemplate, data) != nil {
-		name += "-" + suffix
-	}
-	if len(name) > maxNameLength { // a long display or project name
-		sum := sha256.Sum256([]byte(name))
-		name = fmt.Sprintf("%s-%x", name[:maxNameLength-17], sum[:8])
+	if cut := name[:min(len(name), maxNameLength)]; len(name) > len(cut) || !strings.Contains(name, suffix) {
+		name = strings.Trim(cut[:min(len(cut), maxNameLength-1-len(suffix))]+"-"+suffix, "-")
 	}
 	return name, nil
 }
 
 func pathCreds(b *backend) []*framework.Path {
+	ttl := field(framework.TypeDurationSecond, "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.")
+	ttl.Query = true
+	// Leases belong to the cluster that issues them: only standbys pass this on.
+	read := operation(b.credsRead, "generate", "", "Make an API key under a new lease.", secretFields())
+	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
 		Pattern:      "creds/" + framework.GenericNameRegex("name"),
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "credentials"},
-		Fields: map[string]*framework.FieldSchema{
-			"name": {Type: framework.TypeString, Required: true, Description: "Name of the role."},
-			"ttl": {
-				Type: framework.TypeDurationSecond, Query: true,
-				Description: "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.",
-			},
-		},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.credsRead, Summary: "Make an API key under a new lease.",
-				DisplayAttrs: verb("generate", ""), Responses: responds(secretFields()),
-				ForwardPerformanceStandby: true,
-			},
-		},
+		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
+		Operations:   map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis: credsHelpSynopsis, HelpDescription: credsHelpDescription,
 	}}
 }
 
 // secretFields are what a caller of creds gets.
-func secretFields() map[string]*framework.FieldSchema {
-	key := shows(framework.TypeString, "The OpenAI API key.")
-	key.DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
-	return map[string]*framework.FieldSchema{
-		"api_key":            key,
-		"api_key_id":         shows(framework.TypeString, "ID of the API key."),
-		"service_account":    shows(framework.TypeString, "Name of the service account."),
-		"service_account_id": shows(framework.TypeString, "ID of the service account."),
-		"project_id":         shows(framework.TypeString, "ID of the project."),
-		"organization_id":    shows(framework.TypeString, "ID of the organization."),
-		"scopes":             shows(framework.TypeStringSlice, "What the key is restricted to; empty: all that its account can do."),
-		"expires_at":         shows(framework.TypeString, "When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never."),
+func secretFields() fieldMap {
+	return fieldMap{
+		"api_key":            sensitive(required(framework.TypeString, "The OpenAI API key.")),
+		"api_key_id":         required(framework.TypeString, "ID of the API key."),
+		"service_account":    required(framework.TypeString, "Name of the service account."),
+		"service_account_id": required(framework.TypeString, "ID of the service account."),
+		"project_id":         required(framework.TypeString, "ID of the project."),
+		"organization_id":    required(framework.TypeString, "ID of the organization."),
+		"scopes":             required(framework.TypeStringSlice, "What the key is restricted to; empty: all that its account can do."),
+		"expires_at":         required(framework.TypeString, "When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never."),
 	}
 }
 
@@ -939,18 +847,9 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		b.report(ctx, req, credIssued, failed, l.log(start)...)
 	}()
 
-	ttl := r.TTL
-	if v, ok := d.GetOk("ttl"); ok {
-		ttl = time.Duration(v.(int)) * time.Second
-		if ttl <= 0 || ttl > r.MaxTTL {
-			return logical.ErrorResponse("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL), nil
-		}
-	}
-	warning := ""
-	// Vault would shorten the lease behind our back, and the key would outlive it.
-	if limit := b.System().MaxLeaseTTL(); limit > 0 && ttl > limit {
-		warning = fmt.Sprintf("ttl of %s is more than the mount's maximum and was shortened to %s", ttl, limit)
-		ttl = limit
+	ttl, warning, err := b.leaseTTL(r, d)
+	if err != nil {
+		return logical.ErrorResponse(err.Error()), nil
 	}
 	name, err := b.credentialName(ctx, req, roleName, r)
 	if err != nil {
@@ -1007,6 +906,21 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		resp.AddWarning("OpenAI did not take over the key's expiry: only revocation ends this key")
 	}
 	return resp, nil
+}
+
+// leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for.
+// Its error is the caller's.
+func (b *backend) leaseTTL(r *role, d *framework.FieldData) (ttl time.Duration, warning string, err error) {
+	ttl = r.TTL
+	setSeconds(d, "ttl", &ttl)
+	if ttl <= 0 || ttl > r.MaxTTL {
+		return 0, "", fmt.Errorf("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL)
+	}
+	// Vault would shorten the lease behind our back, and the key would outlive it.
+	if limit := b.System().MaxLeaseTTL(); limit > 0 && ttl > limit {
+		return limit, fmt.Sprintf("ttl of %s is more than the mount's maximum and was shortened to %s", ttl, limit), nil
+	}
+	return ttl, "", nil
 }
 
 // grant is what create has made, or how far it came.
@@ -1140,28 +1054,23 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *frame
 }
 
 func pathMetrics(b *backend) []*framework.Path {
-	shown := map[string]*framework.FieldSchema{}
+	format := field(framework.TypeString, "prometheus: Prometheus' text format. Default: data, by metric and labels.")
+	format.Query = true
+	shown := fieldMap{}
 	for _, f := range families {
 		for _, name := range f.series() {
-			t := framework.TypeMap // of labels to value
-			if len(f.labels) == 0 {
-				t = framework.TypeFloat
+			shown[metricPrefix+name] = field(framework.TypeFloat, f.help)
+			if len(f.labels) > 0 {
+				shown[metricPrefix+name].Type = framework.TypeMap // of labels to value
 			}
-			shown[metricPrefix+name] = &framework.FieldSchema{Type: t, Description: f.help}
 		}
 	}
 	return []*framework.Path{{
 		Pattern:      "metrics",
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
-		Fields: map[string]*framework.FieldSchema{"format": {
-			Type: framework.TypeString, Query: true,
-			Description: "prometheus: Prometheus' text format. Default: data, by metric and labels.",
-		}},
+		Fields:       fieldMap{"format": format},
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: &framework.PathOperation{
-				Callback: b.metricsRead, Summary: "Read what this mount has counted on this node.",
-				DisplayAttrs: verb("read", "metrics"), Responses: responds(shown),
-			},
+			logical.ReadOperation: operation(b.metricsRead, "read", "metrics", "Read what this mount has counted on this node.", shown),
 		},
 		HelpSynopsis: metricsHelpSynopsis, HelpDescription: metricsHelpDescription,
 	}}

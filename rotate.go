@@ -26,11 +26,11 @@ const (
 )
 
 const (
-	proofTimeout    = 20 * time.Second // until a new admin key must be accepted by OpenAI
-	drainTimeout    = 20 * time.Second // for calls on the old key to end before it is deleted
-	minRotateRetry  = time.Minute      // after a scheduled rotation failed, doubling
-	maxRotateRetry  = time.Hour
-	expiryWarning   = 7 * 24 * time.Hour // how long before the admin key expires the log warns, once an hour
+	proofTimeout   = 20 * time.Second // until a new admin key must be accepted by OpenAI
+	drainTimeout   = 20 * time.Second // for calls on the old key to end before it is deleted
+	minRotateRetry = time.Minute      // after a scheduled rotation failed, doubling
+	maxRotateRetry = time.Hour
+	expiryWarning  = 7 * 24 * time.Hour // how long before the admin key expires the log warns, once an hour
 )
 
 // errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
@@ -269,7 +269,7 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 	cfg.PendingDeletion = append(cfg.PendingDeletion, old.ID)
 	// Whether a failed write was stored is not known: the new key stays, for rollback to
 	// delete unless config turns out to hold it.
-	if err := putConfig(ctx, s, cfg); err != nil {
+	if err := putJSON(ctx, s, configPath, cfg); err != nil {
 		b.setClient(nil)
 		return nil, err
 	}
@@ -336,7 +336,7 @@ func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *con
 		return
 	}
 	cfg.PendingDeletion = left
-	if err := putConfig(ctx, s, cfg); err != nil {
+	if err := putJSON(ctx, s, configPath, cfg); err != nil {
 		b.Logger().Warn("replaced admin API keys are deleted, but config still lists them", "error", err)
 	}
 }
@@ -396,7 +396,7 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
 		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
-			err = putConfig(ctx, req.Storage, cfg)
+			err = putJSON(ctx, req.Storage, configPath, cfg)
 		}
 		if err != nil {
 			b.Logger().Error("taking over the older plugin's rotation settings failed", "error", err)
