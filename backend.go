@@ -88,7 +88,7 @@ func newBackend(transport http.RoundTripper) *backend {
 }
 
 // invalidInput is the framework's error for a value of the wrong type, which it quotes.
-var invalidInput = regexp.MustCompile(`^Field validation failed: .* for field "([a-z_]+)"`)
+var invalidInput = regexp.MustCompile(`^Field validation failed: error converting input for field "([a-z_]+)"`)
 
 // HandleRequest bounds every request: Vault gives most of them no deadline of their
 // own. Once the time is up a handler leaves its write-ahead-log entries to rollback.
@@ -314,7 +314,9 @@ func (b *backend) rememberCleanup(ctx context.Context, s logical.Storage, l *lea
 	if _, err := getJSON(ctx, s, cleanupPrefix+l.key(), &c); err != nil {
 		return 0, err
 	}
-	c.Failures++
+	if c.Failures++; c.Failures == 1 {
+		b.metrics.cleanups.Add(1)
+	}
 	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.key(), c)
 }
 

@@ -34,11 +34,12 @@ const (
 	maxAttempts    = 4                // of one call, first one included; waits for a rate limit do not count
 	minBackoff     = 500 * time.Millisecond
 	maxBackoff     = 8 * time.Second
-	maxPause       = 60 * time.Second // longest wait that a Retry-After can ask for
-	maxAnswer      = 1 << 20          // bytes of an answer that are read
-	maxCalls       = 64               // calls of one mount at once; Vault sends up to 200 revocations together
-	paceWindow     = 10 * time.Second // over which OpenAI's pace is measured
-	maxInterval    = time.Second      // slowest pace that is kept by itself
+	maxPause       = 60 * time.Second       // longest wait that a Retry-After can ask for
+	maxAnswer      = 1 << 20                // bytes of an answer that are read
+	maxCalls       = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
+	minInterval    = 5 * time.Millisecond   // between attempts after a first refusal
+	maxInterval    = 250 * time.Millisecond // slowest pace that is kept by itself
+	paceWindow     = 5 * time.Second        // refusals this close together tell OpenAI's pace
 )
 
 // client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration)
@@ -99,8 +100,8 @@ type throttle struct {
 	until    time.Time     // end of the pause that OpenAI asked for
 	next     time.Time     // no attempt starts before this time either
 	interval time.Duration // between the starts of two attempts; 0 while there is no limit
-	since    time.Time     // answered counts from this time on
-	answered int64
+	refused  time.Time     // when the last pause began
+	passes   time.Duration // attempts that were not refused since then
 }
 
 func newThrottle() *throttle {
@@ -144,31 +145,29 @@ func (t *throttle) turn(ctx context.Context) error {
 	}
 }
 
-// passed counts an attempt that met no rate limit, and quickens the pace by a hundredth.
+// passed counts an attempt that met no rate limit, and quickens the pace by a fiftieth.
 func (t *throttle) passed() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if now := time.Now(); now.Sub(t.since) > paceWindow {
-		t.since, t.answered = now, 0
-	}
-	t.answered++
-	if t.interval -= t.interval / 100; t.interval < time.Millisecond {
+	t.passes++
+	if t.interval -= t.interval / 50; t.interval < time.Millisecond {
 		t.interval = 0
 	}
 }
 
-// limited pauses all calls for d. The first refusal after a pause also sets the pace.
+// limited pauses all calls for d. The first refusal after a pause also slows the pace: to
+// what got through since the last one, if that was not long ago.
 func (t *throttle) limited(d time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
 	if now.After(t.until) {
-		pace := 2*t.interval + 10*time.Millisecond
-		if t.answered > 0 {
-			pace = now.Sub(t.since) / time.Duration(t.answered)
+		pace := max(t.interval+t.interval/10, minInterval)
+		if since := now.Sub(t.refused); since < paceWindow && t.passes > 0 {
+			pace = max(t.interval, since/t.passes)
 		}
-		t.interval = min(max(t.interval, pace), maxInterval)
-		t.since, t.answered = now, 0
+		t.interval = min(pace, maxInterval)
+		t.refused, t.passes = now, 0
 	}
 	if until := now.Add(d); until.After(t.until) {
 		t.until = until
