@@ -115,7 +115,7 @@ func (cfg *config) toResponseData() map[string]any {
 		"last_rotated":         formatTime(cfg.LastRotatedTime),
 		"next_rotation":        formatTime(cfg.nextRotation(time.Now())),
 		"rotation_manager":     cfg.manager(),
-		"pending_deletion":     slices.Concat([]string{}, cfg.PendingDeletion),
+		"pending_deletion":     append([]string{}, cfg.PendingDeletion...),
 	}
 	cfg.PopulateAutomatedRotationData(data)
 	return data
@@ -469,7 +469,7 @@ func (r *role) toResponseData() map[string]any {
 		"ttl":                           int64(r.TTL.Seconds()),
 		"max_ttl":                       int64(r.MaxTTL.Seconds()),
 		"enforce_key_expiry":            !r.UnexpiringKeys,
-		"scopes":                        slices.Concat([]string{}, r.Scopes),
+		"scopes":                        append([]string{}, r.Scopes...),
 		"service_account_role":          r.ServiceAccountRole,
 		"service_account_id":            r.ServiceAccountID,
 	}
@@ -895,7 +895,7 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		"service_account_id": g.account.ID,
 		"project_id":         r.ProjectID,
 		"organization_id":    g.organizationID,
-		"scopes":             slices.Concat([]string{}, r.Scopes),
+		"scopes":             append([]string{}, r.Scopes...),
 		"expires_at":         formatTime(unixTime(g.key.ExpiresAt)),
 	}, internal)
 	resp.Secret.TTL, resp.Secret.MaxTTL = ttl, r.MaxTTL
