@@ -89,19 +89,11 @@ func (s *Server) inject(f Fault) (err error) {
 }
 
 // ClearFaults empties the queue of faults.
-func (s *Server) ClearFaults() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.faults = nil
-}
+func (s *Server) ClearFaults() { s.locked(func() { s.faults = nil }) }
 
 // SetLatency makes each API call take d: half of it before the call is processed, half
 // of it after. A client that leaves in the first half has done nothing.
-func (s *Server) SetLatency(d time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.latency = d
-}
+func (s *Server) SetLatency(d time.Duration) { s.locked(func() { s.latency = d }) }
 
 // SetRateLimit sets a token bucket for the calls with a valid key. A call over it is
 // answered 429 with the time until the next token, in Retry-After and Retry-After-Ms.
@@ -124,11 +116,7 @@ func (s *Server) Calls() []Call {
 }
 
 // ResetCalls forgets the calls so far.
-func (s *Server) ResetCalls() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.calls = nil
-}
+func (s *Server) ResetCalls() { s.locked(func() { s.calls = nil }) }
 
 // incoming is an HTTP request.
 type incoming struct {

@@ -126,15 +126,18 @@ func New() *Server {
 	return s
 }
 
+// locked runs f with s.mu held.
+func (s *Server) locked(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
+}
+
 // now is the simulator's time.
 func (s *Server) now() time.Time { return time.Now().Add(s.offset) }
 
 // Advance moves the simulator's clock, which runs with time.Now, ahead by d.
-func (s *Server) Advance(d time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.offset += d
-}
+func (s *Server) Advance(d time.Duration) { s.locked(func() { s.offset += d }) }
 
 // AdminKey returns the admin key that New made, dead or alive.
 func (s *Server) AdminKey() (value, id string) { return s.first.value, s.first.ID }
@@ -229,28 +232,16 @@ func (s *Server) Use(key string) bool {
 
 // SetKeyDelay makes admin keys that are created from now on be refused with 401 for
 // their first d, as when OpenAI's caches do not know them yet.
-func (s *Server) SetKeyDelay(d time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.keyDelay = d
-}
+func (s *Server) SetKeyDelay(d time.Duration) { s.locked(func() { s.keyDelay = d }) }
 
 // SetMaxKeyLife sets the organization's policy: keys of both kinds must expire within
 // this many seconds of their creation, or of the update of their expiry. 0: no policy.
-func (s *Server) SetMaxKeyLife(seconds int) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.maxKeyLife = seconds
-}
+func (s *Server) SetMaxKeyLife(seconds int) { s.locked(func() { s.maxKeyLife = seconds }) }
 
 // SetLax makes the server accept values that OpenAI's documents rule out but that the
 // generated tests of OpenAI's own libraries send: limit=0, a cursor and a scope that are
 // made up, and parameters that exclude each other.
-func (s *Server) SetLax(on bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.lax = on
-}
+func (s *Server) SetLax(on bool) { s.locked(func() { s.lax = on }) }
 
 // must is for mistakes of the test code itself.
 func must[T any](v T, err error) T {
@@ -565,7 +556,7 @@ func (s *Server) process(in *incoming) (any, error) {
 // resolve finds what the path names. An archived project can be read, but it has no
 // service accounts and can't be changed.
 func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err error) {
-	keys := s.admins
+	among := s.admins
 	if id, ok := ids["{project}"]; ok {
 		if r.project, err = find(s.projects, "project", id); err != nil {
 			return err
@@ -573,7 +564,7 @@ func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err erro
 		if !r.project.archived.IsZero() && (rt.method != "GET" || strings.HasPrefix(rt.path, accounts)) {
 			return badRequest("", "project_archived", "Project '%s' is archived.", id)
 		}
-		r.object, keys = r.project, r.project.keys
+		r.object, among = r.project, r.project.keys
 	}
 	if id, ok := ids["{account}"]; ok {
 		if r.account, err = find(r.project.accounts, "service account", id); err != nil {
@@ -582,7 +573,7 @@ func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err erro
 		r.object = r.account
 	}
 	if id, ok := ids["{key}"]; ok {
-		if r.key, err = find(keys, "API key", id); err != nil {
+		if r.key, err = find(among, "API key", id); err != nil {
 			return err
 		}
 		r.object = r.key
@@ -710,12 +701,7 @@ func (s *Server) parseValue(name, kind string, raw json.RawMessage) (any, error)
 	return *text, nil
 }
 
-func unixOrNull(t time.Time) any {
-	if t.IsZero() {
-		return nil
-	}
-	return t.Unix()
-}
+func unixOrNull(t time.Time) any { return orNull(max(0, t.Unix())) }
 
 func (k *key) view() map[string]any {
 	v := map[string]any{

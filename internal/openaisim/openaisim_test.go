@@ -98,7 +98,7 @@ func refused(t *testing.T, s *Server, method, path, body string, status int, cod
 	}
 }
 
-// state is what the server holds, without the time.
+// snapshot is what the server holds, without the time.
 func (s *Server) snapshot() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -454,6 +454,7 @@ func TestPages(t *testing.T) {
 		same(t, "order with "+query, got, ids)
 		same(t, "pages with "+query, pages, want)
 	}
+	same(t, "default limit", len(ok(t, s, "GET", accountPath, "")["data"].([]any)), 20)
 	// A cursor keeps its place when its object is deleted.
 	ok(t, s, "DELETE", accountPath+"/"+ids[9], "")
 	a := ok(t, s, "GET", accountPath+"?limit=1&after="+ids[9], "")

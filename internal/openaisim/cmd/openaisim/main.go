@@ -31,6 +31,9 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
+	if addr, ok := listener.Addr().(*net.TCPAddr); !ok || !addr.IP.IsLoopback() {
+		log.Fatalf("%s is not a loopback address, and the control API has no authentication", *listen)
+	}
 	sim := openaisim.New()
 	key, keyID := sim.AdminKey()
 	base := "http://" + listener.Addr().String()
