@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -25,7 +26,7 @@ import (
 )
 
 func main() {
-	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, cancel := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE)
 	defer cancel()
 	err := run(ctx)
 	if ctx.Err() != nil {
@@ -71,28 +72,28 @@ func run(ctx context.Context) error {
 	adminKey, _ := sim.AdminKey()
 	d := &demo{ctx: ctx, server: server, openai: openai.URL}
 
-	say("Register the plugin under its SHA-256, and enable it.")
+	d.say("Register the plugin under its SHA-256, and enable it.")
 	d.vault("plugin", "register", "-sha256="+sum, "secret", harness.PluginName)
 	d.vault("secrets", "enable", "-path=openai", harness.PluginName)
 
-	say("Give it an Admin API key. It proves the key before it stores it, and finds its id.")
+	d.say("Give it an Admin API key. It proves the key before it stores it, and finds its id.")
 	d.vault("write", "openai/config", "admin_api_key="+adminKey,
 		"organization_id="+openaisim.DefaultOrganization, "api_endpoint="+openai.URL+"/v1")
 
-	say("Describe what applications get.")
+	d.say("Describe what applications get.")
 	d.vault("write", "openai/roles/my-role", "project_id="+openaisim.DefaultProject, "ttl=1h", "max_ttl=24h")
 
-	say("An application asks for a key: a service account of its own, under a lease.")
+	d.say("An application asks for a key: a service account of its own, under a lease.")
 	creds := d.vault("read", "openai/creds/my-role")
 	key, lease := field(creds, "api_key"), field(creds, "lease_id")
 
-	say("The key works at OpenAI.")
+	d.say("The key works at OpenAI.")
 	d.use(key, http.StatusOK)
 
-	say("The lease is revoked, and the service account is deleted.")
+	d.say("The lease is revoked, and the service account is deleted.")
 	d.vault("lease", "revoke", "-sync", lease)
 
-	say("The key works no more.")
+	d.say("The key works no more.")
 	d.use(key, http.StatusUnauthorized)
 	if d.err == nil && len(sim.ServiceAccounts(openaisim.DefaultProject)) > 0 {
 		d.err = errors.New("a service account is left at OpenAI")
@@ -120,6 +121,13 @@ type demo struct {
 	err    error
 }
 
+// say announces a step.
+func (d *demo) say(text string) {
+	if d.err == nil {
+		say("%s", text)
+	}
+}
+
 // vault shows and runs a command of the vault CLI, and returns what it printed.
 func (d *demo) vault(args ...string) string {
 	if d.err != nil {
@@ -140,7 +148,7 @@ func (d *demo) use(key string, want int) {
 		return
 	}
 	url := d.openai + "/v1/models"
-	fmt.Printf("$ curl -i -H \"Authorization: Bearer %s\" %s\n", key, url)
+	fmt.Printf("$ curl -H \"Authorization: Bearer %s\" %s\n", key, url)
 	req, err := http.NewRequestWithContext(d.ctx, http.MethodGet, url, nil)
 	if err != nil {
 		d.err = err
@@ -152,8 +160,9 @@ func (d *demo) use(key string, want int) {
 		d.err = err
 		return
 	}
-	resp.Body.Close()
-	fmt.Println(resp.Proto, resp.Status)
+	defer resp.Body.Close()
+	body, _ := io.ReadAll(resp.Body)
+	fmt.Printf("%s: %s\n", resp.Status, strings.TrimSpace(string(body)))
 	if resp.StatusCode != want {
 		d.err = fmt.Errorf("OpenAI answered %d, want %d", resp.StatusCode, want)
 	}

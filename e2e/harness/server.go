@@ -5,6 +5,7 @@ package harness
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -199,11 +200,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	}
 	defer log.Close()
-	level := s.opts.LogLevel
-	if level == "" {
-		level = "info"
-	}
-	cmd := exec.Command(s.opts.Binary, "server", "-config="+s.file("config.hcl"), "-log-level="+level)
+	cmd := exec.Command(s.opts.Binary, "server", "-config="+s.file("config.hcl"), "-log-level="+cmp.Or(s.opts.LogLevel, "info"))
 	if s.opts.Dev {
 		cmd.Args = append(cmd.Args, "-dev", "-dev-root-token-id=root", "-dev-no-store-token",
 			"-dev-listen-address="+strings.TrimPrefix(s.Addr, "http://"))
@@ -224,8 +221,8 @@ func (s *Server) Run(ctx context.Context) error {
 	})
 }
 
-// Unseal unseals the server, one that is still joining a cluster too, and waits until
-// its cluster has an active node.
+// Unseal unseals the server, one that is still joining a cluster too, and waits until it
+// serves requests.
 func (s *Server) Unseal(ctx context.Context) error {
 	err := Until(ctx, time.Minute, func() error {
 		status, answer, err := s.API(ctx, "PUT", "sys/unseal", map[string]any{"key": s.Key})
@@ -240,19 +237,12 @@ func (s *Server) Unseal(ctx context.Context) error {
 	return s.Await(ctx)
 }
 
-// Await waits until the server serves requests or forwards them to one that does.
+// Await waits until the server serves requests, or forwards them to the active node.
 func (s *Server) Await(ctx context.Context) error {
 	return Until(ctx, time.Minute, func() error {
-		status, answer, err := s.API(ctx, "GET", "sys/health?standbyok=true", nil)
+		status, answer, err := s.API(ctx, "GET", "auth/token/lookup-self", nil)
 		if err == nil && status != http.StatusOK {
-			err = fmt.Errorf("sys/health: %d", status)
-		}
-		if err != nil || answer["standby"] == false {
-			return err
-		}
-		_, answer, err = s.API(ctx, "GET", "sys/leader", nil)
-		if err == nil && answer["leader_address"] == "" {
-			err = errors.New("the cluster has no active node")
+			err = fmt.Errorf("the server does not serve requests: %d %v", status, answer["errors"])
 		}
 		return err
 	})
