@@ -1,14 +1,15 @@
 # The plugin as one of Vault's containerized plugins. It builds from nothing but its
 # context, which "make docker" fills: no registry, so an air-gapped site can build it.
 FROM scratch
+# Where Go looks for the authorities that vouch for OpenAI. Files come first: after any
+# other step Docker's older builder takes the image for one of its own architecture.
+COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+COPY vault-plugin-secrets-openai /vault-plugin-secrets-openai
 ARG VERSION=""
 LABEL org.opencontainers.image.title="vault-plugin-secrets-openai" \
       org.opencontainers.image.description="HashiCorp Vault secrets engine for OpenAI" \
       org.opencontainers.image.licenses="MPL-2.0" \
       org.opencontainers.image.version="$VERSION"
-# Where Go looks for the authorities that vouch for OpenAI.
-COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
-COPY vault-plugin-secrets-openai /vault-plugin-secrets-openai
 # Nobody in particular: Vault adds its own group, which may write the folder of the socket
 # that it mounts.
 USER 65532:65532
