@@ -496,20 +496,16 @@ func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*
 	return answer, err
 }
 
-// listAll calls visit for each entry of a list, over all its pages.
-func listAll[T any](ctx context.Context, c *client, name, path string, visit func(T)) error {
-	after := ""
+// listAll calls visit for each entry of a list, over all its pages. query is made its own.
+func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, visit func(T)) error {
+	query.Set("limit", "100")
 	for {
 		var page struct {
 			Data    []T
 			HasMore bool   `json:"has_more"`
 			LastID  string `json:"last_id"`
 		}
-		query := "?limit=100"
-		if after != "" {
-			query += "&after=" + url.QueryEscape(after)
-		}
-		if err := c.do(ctx, call{name: name, method: http.MethodGet, path: path + query, out: &page, repeatable: true}); err != nil {
+		if err := c.do(ctx, call{name: name, method: http.MethodGet, path: path + "?" + query.Encode(), out: &page, repeatable: true}); err != nil {
 			return err
 		}
 		for _, entry := range page.Data {
@@ -518,10 +514,10 @@ func listAll[T any](ctx context.Context, c *client, name, path string, visit fun
 		if !page.HasMore {
 			return nil
 		}
-		if page.LastID == "" || page.LastID == after {
+		if page.LastID == "" || page.LastID == query.Get("after") {
 			return invalid(name)
 		}
-		after = page.LastID
+		query.Set("after", page.LastID)
 	}
 }
 
@@ -647,7 +643,7 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 
 // serviceAccountsNamed returns the ids of the project's accounts with exactly this name.
 func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name string) (ids []string, err error) {
-	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), func(a serviceAccount) {
+	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{}, func(a serviceAccount) {
 		if a.Name == name && validID(a.ID) {
 			ids = append(ids, a.ID)
 		}
@@ -657,7 +653,9 @@ func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name strin
 
 // apiKeysNamed returns the ids of the account's keys with exactly this name.
 func (c *client) apiKeysNamed(ctx context.Context, projectID, accountID, name string) (ids []string, err error) {
-	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), func(k apiKey) {
+	// Unless asked for any, keys of accounts without a role may be left out.
+	query := url.Values{"owner_project_access": {"any"}}
+	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey) {
 		if k.Name == name && k.Owner.ServiceAccount.ID == accountID && validID(k.ID) {
 			ids = append(ids, k.ID)
 		}
@@ -729,7 +727,7 @@ func (c *client) getAdminKey(ctx context.Context, id string) (*adminKey, error) 
 
 // adminKeysWhere returns the organization's admin keys that match.
 func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) (keys []adminKey, err error) {
-	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, func(k adminKey) {
+	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey) {
 		if match(k) && validID(k.ID) {
 			keys = append(keys, k)
 		}
