@@ -1,0 +1,302 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-openai/e2e/harness"
+	"vault-plugin-secrets-openai/internal/openaisim"
+)
+
+const accountsPath = "/service_accounts"
+
+// accounts are the ids of the service accounts that OpenAI has.
+func (e *engine) accounts() map[string]bool {
+	ids := map[string]bool{}
+	for _, a := range e.sim.ServiceAccounts(project) {
+		ids[a.ID] = true
+	}
+	return ids
+}
+
+// leases counts the live leases of the role app.
+func (e *engine) leases() int {
+	e.t.Helper()
+	status, answer, err := e.API(e.t.Context(), "LIST", "sys/leases/lookup/"+e.mount+"/creds/app", nil)
+	if err != nil || status != http.StatusOK && status != http.StatusNotFound {
+		e.t.Fatalf("listing leases: %d %v", status, err)
+	}
+	keys, _ := dig(answer, "data", "keys").([]any)
+	return len(keys)
+}
+
+// remembered lists the mount's write-ahead-log and clean-up entries. The server must have
+// raw_storage_endpoint.
+func (e *engine) remembered() (entries []string) {
+	e.t.Helper()
+	mount := e.json("secrets list", "-detailed")[e.mount+"/"].(map[string]any)
+	for _, prefix := range []string{"wal/", "cleanup/"} {
+		_, answer, err := e.API(e.t.Context(), "LIST", fmt.Sprintf("sys/raw/logical/%s/%s", mount["uuid"], prefix), nil)
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		keys, _ := dig(answer, "data", "keys").([]any)
+		for _, key := range keys {
+			entries = append(entries, prefix+key.(string))
+		}
+	}
+	return entries
+}
+
+// irrevocable counts the server's irrevocable leases.
+func (v vault) irrevocable() any {
+	v.t.Helper()
+	return dig(v.api("GET", "sys/leases/count?type=irrevocable", nil, http.StatusOK), "data", "lease_count")
+}
+
+// impatientServer has a second address, where Vault gives a request two seconds, and lets
+// its storage be looked at.
+func impatientServer(t *testing.T) (v vault, impatient harness.Server) {
+	t.Helper()
+	v = ownServer(t, harness.Versions[0])
+	v.Stop()
+	for attempt := range 5 { // ports may be taken
+		impatient.Addr = fmt.Sprintf("http://127.0.0.1:%d", 15000+(os.Getpid()*7+attempt*13)%5000)
+		file := filepath.Join(v.Dir, "config.hcl")
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before, _, _ := strings.Cut(string(text), "# impatient")
+		err = os.WriteFile(file, fmt.Appendf([]byte(before), `# impatient
+raw_storage_endpoint = true
+listener "tcp" {
+  address              = %q
+  tls_disable          = true
+  max_request_duration = "2s"
+}
+`, strings.TrimPrefix(impatient.Addr, "http://")), 0o600)
+		if err == nil {
+			err = v.Run(t.Context())
+		}
+		if err == nil {
+			break
+		}
+		if attempt == 4 {
+			t.Fatal(err)
+		}
+	}
+	if err := v.Unseal(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	impatient.Token = v.Token
+	return v, impatient
+}
+
+// Whatever cuts a request or a revocation off, in the end each account is under a lease
+// and each lease has its account, with no operator. All faults share the wait for
+// rollback, which comes two to three minutes later.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	v, impatient := impatientServer(t)
+	e := engineAt(v, "openai")
+	var live []creds
+	read := func() creds { // the next call works at once
+		c := e.creds()
+		e.mustWork(c, true)
+		live = append(live, c)
+		return c
+	}
+	refused := func(what string, status int, err error) {
+		t.Helper()
+		if err == nil && status < 400 {
+			t.Errorf("%s: the request was answered %d", what, status)
+		}
+	}
+	hang := func(process bool) {
+		e.sim.ResetCalls()
+		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Path: accountsPath, Kind: "hang", Process: process})
+	}
+	fetch := func(ctx context.Context) (int, map[string]any, error) {
+		return e.API(ctx, "GET", e.mount+"/creds/app", nil)
+	}
+
+	read()
+	for _, process := range []bool{true, false} {
+		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Path: accountsPath, Kind: "close", Process: process})
+		status, _, err := fetch(t.Context())
+		refused("answer lost", status, err)
+		read()
+
+		hang(process)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		status, _, err = fetch(ctx)
+		cancel()
+		refused("client gone", status, err)
+		read()
+
+		hang(process)
+		start := time.Now()
+		status, _, err = impatient.API(t.Context(), "GET", e.mount+"/creds/app", nil)
+		refused("Vault's time-out", status, err)
+		if d := time.Since(start); d > 10*time.Second {
+			t.Errorf("Vault's time-out of 2 s: the answer came after %s", d)
+		}
+		read()
+
+		// The plugin is killed: Vault starts it again and may make the request once more.
+		hang(process)
+		answered := make(chan creds, 1)
+		go func() {
+			_, answer, _ := fetch(context.Background())
+			id, _ := dig(answer, "data", "service_account_id").(string)
+			lease, _ := answer["lease_id"].(string)
+			answered <- creds{accountID: id, lease: lease}
+		}()
+		e.called(1, http.MethodPost, accountsPath)
+		pids, err := e.PluginPids()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, pid := range pids {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		if c := <-answered; c.lease != "" {
+			live = append(live, c)
+		}
+		e.sim.ClearFaults()
+		read()
+	}
+	hang(true)
+	go fetch(context.Background())
+	e.called(1, http.MethodPost, accountsPath)
+	v.Kill()
+	e.sim.ClearFaults()
+	v.restart()
+	read()
+	lost := len(e.accounts()) - len(live)
+	injected := time.Now()
+	if lost == 0 {
+		t.Error("the faults left nothing to clean up: they did not do what they should")
+	}
+
+	// While that waits for rollback, revocations fail.
+	gone := func(c creds, d time.Duration) {
+		t.Helper()
+		start := time.Now()
+		e.until(d, func() error {
+			if e.accounts()[c.accountID] {
+				return errors.New("OpenAI still has the account")
+			}
+			return nil
+		})
+		t.Logf("account gone after %s", time.Since(start).Round(10*time.Millisecond))
+	}
+	failDeletes := func(c creds, times int) {
+		e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Path: c.accountID, Times: times})
+	}
+	thrice := e.creds()
+	failDeletes(thrice, 3)
+	e.cli("lease", "revoke", thrice.lease)
+	gone(thrice, tick)
+
+	// For ever, as it seems: one left to Vault, one that an operator insists on, which the
+	// plugin takes over at the fifth failure.
+	vaults, own := e.creds(), e.creds()
+	failDeletes(vaults, -1)
+	failDeletes(own, -1)
+	e.cli("lease", "revoke", vaults.lease)
+	for n := 1; ; n++ {
+		result := v.CLI(t.Context(), "lease", "revoke", "-sync", own.lease)
+		if result.Code == 0 {
+			t.Logf("revocation taken over by the plugin at failure %d", n)
+			break
+		}
+		if n == 6 {
+			t.Fatalf("the revocation still fails: %s", result.Stderr)
+		}
+	}
+	if !e.accounts()[own.accountID] || !e.accounts()[vaults.accountID] {
+		t.Error("accounts are gone that could not be deleted")
+	}
+
+	e.until(5*tick, func() error {
+		want := map[string]bool{vaults.accountID: true, own.accountID: true}
+		for _, c := range live {
+			want[c.accountID] = true
+		}
+		if got := e.accounts(); !maps.Equal(got, want) {
+			return fmt.Errorf("OpenAI has %d accounts, want %d that are under leases", len(got), len(want))
+		}
+		return nil
+	})
+	t.Logf("%d lost accounts were gone %s after the last fault", lost, time.Since(injected).Round(time.Second))
+	e.sim.ClearFaults()
+	recovered := time.Now()
+	e.until(3*tick, func() error {
+		if left := e.remembered(); len(left) > 0 || len(e.accounts()) != len(live) {
+			return fmt.Errorf("%d accounts, want %d; entries %v", len(e.accounts()), len(live), left)
+		}
+		return nil
+	})
+	t.Logf("failed revocations were made good %s after OpenAI's recovery", time.Since(recovered).Round(time.Second))
+	e.until(3*tick, func() error { // a retry of Vault's finds the account gone
+		if got := e.leases(); got != len(live) {
+			return fmt.Errorf("got %d leases, want %d", got, len(live))
+		}
+		return nil
+	})
+	if got := v.irrevocable(); got != 0.0 {
+		t.Errorf("irrevocable leases: got %v, want 0", got)
+	}
+	for _, c := range live {
+		e.cli("lease", "revoke", "-sync", c.lease)
+	}
+	if got := slices.Collect(maps.Keys(e.accounts())); len(got) > 0 {
+		t.Errorf("accounts after all leases are revoked: got %v, want none", got)
+	}
+}
+
+// All leases end at once where OpenAI takes 20 requests a second.
+func TestRevocationAtOpenAIsPace(t *testing.T) {
+	eachVersion(t, func(t *testing.T, v vault) {
+		const n, rate = 200, 20
+		e := newEngine(v)
+		for range n {
+			e.api("GET", e.mount+"/creds/app", nil, http.StatusOK)
+		}
+		e.sim.SetRateLimit(rate, rate)
+		e.sim.ResetCalls()
+		start := time.Now()
+		e.cli("lease", "revoke", "-prefix", e.mount+"/creds/app")
+		e.awaitAccounts(0, tick)
+		took, refused := time.Since(start), 0
+		calls := e.sim.Calls()
+		for _, c := range calls {
+			if c.Status == http.StatusTooManyRequests {
+				refused++
+			}
+		}
+		share := float64(refused) / float64(len(calls))
+		t.Logf("%d leases at %d requests/s: %.1f s (ideal %d s), %d of %d calls refused (%.0f %%)",
+			n, rate, took.Seconds(), n/rate, refused, len(calls), 100*share)
+		if took > n/rate*time.Second*3/2 || share > 0.1 {
+			t.Error("want at most 1.5 times the ideal time and 10 % refused")
+		}
+	})
+}
