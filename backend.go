@@ -491,8 +491,9 @@ var families = []family{
 	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", []string{"version", "goversion"}},
 }
 
-// durationBuckets are the upper bounds of metricDuration's buckets, in seconds.
-var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
+// durationBuckets are the upper bounds of metricDuration's buckets, in seconds, from the
+// lowest up; their texts sort alike.
+var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5}
 
 // maxSeries bounds the memory that metrics take: credentials of further roles are counted
 // with role "other".
@@ -536,7 +537,7 @@ func (m *metrics) observe(operation string, d time.Duration) {
 			m.add(metricDuration+"_bucket", 1, "operation", operation, "le", fmt.Sprint(bound))
 		}
 	}
-	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", "+Inf")
+	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", infinity)
 	m.add(metricDuration+"_sum", int64(d), "operation", operation)
 	m.add(metricDuration+"_count", 1, "operation", operation)
 }
@@ -579,6 +580,9 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (map[string]map
 	return all, nil
 }
 
+// infinity is a histogram's last bucket; until it is written its text sorts behind numbers.
+const infinity = "Inf"
+
 // series returns the names of the family's series: a histogram has three.
 func (f family) series() []string {
 	if f.kind == "histogram" {
@@ -599,7 +603,7 @@ func prometheus(all map[string]map[string]float64) []byte {
 			for _, labels := range slices.Sorted(maps.Keys(all[name])) {
 				value := strconv.FormatFloat(all[name][labels], 'f', -1, 64)
 				if labels != "" {
-					labels = "{" + labels + "}"
+					labels = "{" + strings.Replace(labels, `le="`+infinity+`"`, `le="+Inf"`, 1) + "}"
 				}
 				fmt.Fprintf(&out, "%s%s%s %s\n", metricPrefix, name, labels, value)
 			}

@@ -30,6 +30,7 @@ import (
 // requestTimeout, which backend.HandleRequest sets, leaves time to answer.
 const (
 	requestTimeout = 75 * time.Second // a Vault request, all its OpenAI calls and waits included
+	checkTimeout   = 40 * time.Second // what a write asks OpenAI before it stores
 	attemptTimeout = 25 * time.Second // one HTTP exchange
 	maxAttempts    = 4                // of one call, first one included; waits for a rate limit do not count
 	minBackoff     = 500 * time.Millisecond
@@ -229,11 +230,11 @@ func isStatus(err error, statuses ...int) bool {
 	return errors.As(err, &e) && slices.Contains(statuses, e.Status)
 }
 
-// isNotFound tells whether OpenAI itself says that the thing does not exist. The 404
-// page of some other server, at a mistyped endpoint, does not count.
+// isNotFound tells whether OpenAI itself says that the thing does not exist. At a mistyped
+// endpoint neither the page of some other server nor OpenAI's "Invalid URL" counts.
 func isNotFound(err error) bool {
 	var e *apiError
-	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != ""
+	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != "" && !strings.HasPrefix(e.Message, "Invalid URL")
 }
 
 // isRefused tells whether OpenAI judged the request itself and did not carry it out.

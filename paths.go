@@ -258,7 +258,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		return logical.ErrorResponse(err.Error()), nil
 	}
 	if d.Get("verify_connection").(bool) {
-		key, err := b.newClient(&cfg).ownKey(ctx)
+		checkCtx, cancel := context.WithTimeout(ctx, checkTimeout)
+		defer cancel()
+		key, err := b.newClient(&cfg).ownKey(checkCtx)
 		if err != nil {
 			return logical.ErrorResponse(verificationFailed(err)), nil
 		}
@@ -362,11 +364,14 @@ func (cfg *config) update(d *framework.FieldData) error {
 
 var adminKeyPattern = regexp.MustCompile(`^[!-~]{8,512}$`)
 
+// hostPattern is a name or an address, an IPv6 address in brackets, perhaps with a port.
+var hostPattern = regexp.MustCompile(`^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$`)
+
 // parseEndpoint checks api_endpoint and trims its trailing slashes. Its error does not
 // quote the value, which may hold a password.
 func parseEndpoint(s string) (string, error) {
 	u, err := url.Parse(s)
-	if err != nil || u.Hostname() == "" || u.Opaque != "" || strings.HasSuffix(u.Host, ":") {
+	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
 	}
 	if port := u.Port(); port != "" {
@@ -558,8 +563,10 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 	resp := &logical.Response{}
 	sample := nameData{RoleName: name, ProjectID: r.ProjectID, ProjectName: "project", DisplayName: "token"}
 	field, value := "project_id", r.ProjectID
-	err = b.useClient(ctx, req.Storage, func(c *client) error {
-		p, err := c.getProject(ctx, r.ProjectID)
+	checkCtx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	err = b.useClient(checkCtx, req.Storage, func(c *client) error {
+		p, err := c.getProject(checkCtx, r.ProjectID)
 		if err != nil {
 			return err
 		}
@@ -569,7 +576,7 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framew
 		sample.ProjectName = p.Name
 		if r.ServiceAccountID != "" {
 			field, value = "service_account_id", r.ServiceAccountID
-			account, err := c.getServiceAccount(ctx, r.ProjectID, r.ServiceAccountID)
+			account, err := c.getServiceAccount(checkCtx, r.ProjectID, r.ServiceAccountID)
 			if err != nil {
 				return err
 			}
@@ -705,8 +712,8 @@ func randomText(n int) (string, error) {
 }
 
 func boundedReplace(find, replacement, s string) (string, error) {
-	if find == "" || len(s) > 1024 {
-		return "", errors.New("replace takes a text to find and at most 1024 bytes to search")
+	if find == "" || len(s)*(1+len(replacement)) > 1<<16 {
+		return "", errors.New("replace takes a text to find, and gives at most 64 KiB")
 	}
 	return strings.ReplaceAll(s, find, replacement), nil
 }
