@@ -5,6 +5,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -491,9 +492,8 @@ var families = []family{
 	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", []string{"version", "goversion"}},
 }
 
-// durationBuckets are the upper bounds of metricDuration's buckets, in seconds, from the
-// lowest up; their texts sort alike.
-var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5}
+// durationBuckets are the upper bounds of metricDuration's buckets, in seconds.
+var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
 
 // maxSeries bounds the memory that metrics take: credentials of further roles are counted
 // with role "other".
@@ -537,7 +537,7 @@ func (m *metrics) observe(operation string, d time.Duration) {
 			m.add(metricDuration+"_bucket", 1, "operation", operation, "le", fmt.Sprint(bound))
 		}
 	}
-	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", infinity)
+	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", "+Inf")
 	m.add(metricDuration+"_sum", int64(d), "operation", operation)
 	m.add(metricDuration+"_count", 1, "operation", operation)
 }
@@ -580,8 +580,14 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (map[string]map
 	return all, nil
 }
 
-// infinity is a histogram's last bucket; until it is written its text sorts behind numbers.
-const infinity = "Inf"
+// compareLabels orders the series of a family: by their labels, buckets by their bound.
+func compareLabels(x, y string) int {
+	x, xBound, _ := strings.Cut(x, `,le="`)
+	y, yBound, _ := strings.Cut(y, `,le="`)
+	xLimit, _ := strconv.ParseFloat(strings.TrimSuffix(xBound, `"`), 64)
+	yLimit, _ := strconv.ParseFloat(strings.TrimSuffix(yBound, `"`), 64)
+	return cmp.Or(cmp.Compare(x, y), cmp.Compare(xLimit, yLimit))
+}
 
 // series returns the names of the family's series: a histogram has three.
 func (f family) series() []string {
@@ -600,10 +606,10 @@ func prometheus(all map[string]map[string]float64) []byte {
 		}
 		fmt.Fprintf(&out, "# HELP %s%s %s\n# TYPE %s%s %s\n", metricPrefix, f.name, f.help, metricPrefix, f.name, f.kind)
 		for _, name := range f.series() {
-			for _, labels := range slices.Sorted(maps.Keys(all[name])) {
+			for _, labels := range slices.SortedFunc(maps.Keys(all[name]), compareLabels) {
 				value := strconv.FormatFloat(all[name][labels], 'f', -1, 64)
 				if labels != "" {
-					labels = "{" + strings.Replace(labels, `le="`+infinity+`"`, `le="+Inf"`, 1) + "}"
+					labels = "{" + labels + "}"
 				}
 				fmt.Fprintf(&out, "%s%s%s %s\n", metricPrefix, name, labels, value)
 			}
