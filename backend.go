@@ -94,7 +94,11 @@ var invalidInput = regexp.MustCompile(`^Field validation failed: error convertin
 // HandleRequest bounds every request: Vault gives most of them no deadline of their
 // own. Once the time is up a handler leaves its write-ahead-log entries to rollback.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	timeout := requestTimeout
+	if req.Operation == logical.RollbackOperation {
+		timeout = rollbackTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	resp, err := b.Backend.HandleRequest(ctx, req)
 	if err == nil && resp.IsError() {
@@ -212,7 +216,10 @@ type pendingCredential struct {
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault
 // calls it about every minute for each entry older than walMinAge, and logs no error.
 func (b *backend) rollback(ctx context.Context, req *logical.Request, kind string, data any) error {
-	var err error
+	err := ctx.Err()
+	if err != nil {
+		return err // the tick is over: not worth a line in the log
+	}
 	switch kind {
 	case walCredential:
 		var p pendingCredential
@@ -336,20 +343,34 @@ func (b *backend) sweep(ctx context.Context, s logical.Storage) {
 	}
 	ids = append(ids[start:], ids[:start]...)
 
-	var next atomic.Int64
+	// One line a tick tells of the failures: there may be very many.
+	var next, failures atomic.Int64
 	var workers sync.WaitGroup
 	for range min(sweepWorkers, len(ids)) {
 		workers.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(ids)) && ctx.Err() == nil; i = next.Add(1) - 1 {
+			for ctx.Err() == nil {
+				i := int(next.Add(1)) - 1
+				if i >= len(ids) {
+					return
+				}
 				err := b.sweepOne(ctx, s, ids[i])
 				b.metrics.add(metricSweeps, 1, "result", result(err))
-				if err != nil {
+				if err == nil {
+					continue
+				}
+				if failures.Add(1) == 1 {
 					b.Logger().Warn("clean-up failed, will be tried again", "id", ids[i], "error", err)
+				}
+				if errors.Is(err, errNotConfigured) || isStatus(err, http.StatusUnauthorized) {
+					return
 				}
 			}
 		})
 	}
 	workers.Wait()
+	if n := failures.Load(); n > 1 {
+		b.Logger().Warn("clean-up failed for several credentials", "failures", n)
+	}
 	if n := min(int(next.Load()), len(ids)); n > 0 {
 		b.sweepFrom = ids[n-1]
 	}
@@ -373,7 +394,11 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) er
 	return nil
 }
 
-const periodicTimeout = 30 * time.Second // of one tick: Vault's state lock is held meanwhile
+// Of one tick: Vault's state lock is held meanwhile.
+const (
+	rollbackTimeout = 30 * time.Second // all of it
+	periodicTimeout = 20 * time.Second // rotation and sweep, which come before rollback
+)
 
 // periodic is called by Vault about every minute, on every node. Its work is bounded
 // and its errors are only logged: Vault would drop them.

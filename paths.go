@@ -616,7 +616,11 @@ func (r *role) update(d *framework.FieldData) error {
 	setText(d, "service_account_name_template", &r.ServiceAccountNameTemplate)
 	setText(d, "service_account_description", &r.ServiceAccountDescription)
 	setText(d, "service_account_role", &r.ServiceAccountRole)
+	was := r.ServiceAccountID
 	setText(d, "service_account_id", &r.ServiceAccountID)
+	if r.ServiceAccountID != was {
+		r.ServiceAccountName = ""
+	}
 	setSeconds(d, "ttl", &r.TTL)
 	setSeconds(d, "max_ttl", &r.MaxTTL)
 	if _, named := d.Raw["ttl"]; !named && r.TTL == 0 {
@@ -881,16 +885,20 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		}
 		return answerError("creating "+g.step, err)
 	}
+	l.APIKeyID, l.ServiceAccountID = g.key.ID, g.account.ID
+	l.KeyExpires, l.KeyOnly = expiresIn > 0, r.ServiceAccountID != ""
 	// Past this point the key exists; rollback deletes it unless the entry is gone.
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("creating %s: nobody waits for it any more: %w", g.step, ctx.Err())
 	}
 	if err := framework.DeleteWAL(ctx, req.Storage, walID); err != nil {
-		return nil, fmt.Errorf("deleting write-ahead-log entry: %w", err)
+		// Whether the entry is gone is not known, so that rollback can't be relied on; and
+		// what has failed may be ctx.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attemptTimeout)
+		defer cancel()
+		return nil, errors.Join(fmt.Errorf("deleting write-ahead-log entry: %w", err), b.deleteCredential(ctx, req.Storage, l))
 	}
 
-	l.APIKeyID, l.ServiceAccountID = g.key.ID, g.account.ID
-	l.KeyExpires, l.KeyOnly = expiresIn > 0, r.ServiceAccountID != ""
 	internal := map[string]any{}
 	if err := decode(l, &internal); err != nil {
 		return nil, err

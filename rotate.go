@@ -94,26 +94,22 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	return nil
 }
 
-// longestGap returns the longest time between the scheduled rotations of the coming year,
-// or of the next 1,000; 0 when there are none.
-func (cfg *config) longestGap(now time.Time) time.Duration {
-	if cfg.RotationPeriod != 0 && !cfg.DisableAutomatedRotation {
+// longestGap returns the longest time between scheduled rotations within a year; 0 when
+// there are none. A schedule of each minute takes about half a second.
+func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
+	if cfg.DisableAutomatedRotation {
+		return 0
+	}
+	if cfg.RotationPeriod != 0 {
 		return cfg.RotationPeriod
 	}
-	var longest time.Duration
-	probe := config{AutomatedRotationParams: cfg.AutomatedRotationParams}
-	probe.RotationWindow = 0
-	probe.LastRotatedTime = now
-	for range 1000 {
-		next := probe.nextRotation(now)
-		if next.IsZero() {
-			break
-		}
-		longest = max(longest, next.Sub(probe.LastRotatedTime))
-		if next.Sub(now) > maxKeyLife {
-			break
-		}
-		probe.LastRotatedTime = next
+	schedule, err := rotation.DefaultScheduler.Parse(cfg.RotationSchedule)
+	if err != nil {
+		return 0
+	}
+	last := now.UTC()
+	for next := schedule.Next(last); !next.IsZero() && last.Sub(now) <= maxKeyLife; next = schedule.Next(next) {
+		longest, last = max(longest, next.Sub(last)), next
 	}
 	return longest
 }
