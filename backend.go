@@ -159,33 +159,30 @@ func (b *backend) acquireClient(ctx context.Context, s logical.Storage) (*client
 	return b.client, nil
 }
 
-// useClient runs fn with the current client. When OpenAI refuses its key, another node
-// may have rotated it: fn runs a second time if config now holds another key. fn makes
-// one call that is not repeatable at the most, so that a refused one was not done.
+// useClient runs fn with the current client. When OpenAI refuses its key, the key may have
+// been rotated, here or by another node: fn runs again if config now holds another one. fn
+// makes one call that is not repeatable at the most, so that a refused one was not done.
 func (b *backend) useClient(ctx context.Context, s logical.Storage, fn func(*client) error) error {
-	run := func() (*client, error) {
+	for {
 		c, err := b.acquireClient(ctx, s)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		defer c.inflight.Done()
-		return c, fn(c)
+		err = fn(c)
+		c.inflight.Done()
+		if !isStatus(err, http.StatusUnauthorized) {
+			return err
+		}
+		cfg, configErr := getConfig(ctx, s)
+		if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
+			return err
+		}
+		b.mu.Lock()
+		if b.client == c {
+			b.client = nil
+		}
+		b.mu.Unlock()
 	}
-	c, err := run()
-	if !isStatus(err, http.StatusUnauthorized) {
-		return err
-	}
-	cfg, configErr := getConfig(ctx, s)
-	if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
-		return err
-	}
-	b.mu.Lock()
-	if b.client == c {
-		b.client = nil
-	}
-	b.mu.Unlock()
-	_, err = run()
-	return err
 }
 
 // Kinds of write-ahead-log entries.

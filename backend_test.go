@@ -127,12 +127,12 @@ func (e *env) refused(op logical.Operation, path string, data map[string]any, wa
 	e.t.Helper()
 	resp, err := e.do(op, path, data)
 	if err != nil || !resp.IsError() {
-		e.t.Errorf("%s %s %v: got response %v and error %v, want an error response", op, path, data, resp, err)
+		e.t.Errorf("%s %s %v: got response %v and error %v, want an error response", op, path, keyPattern.ReplaceAllString(fmt.Sprint(data), "sk-***"), resp, err)
 		return
 	}
 	for _, text := range want {
 		if !strings.Contains(resp.Error().Error(), text) {
-			e.t.Errorf("%s %s %v: got %q, want it to contain %q", op, path, data, resp.Error(), text)
+			e.t.Errorf("%s %s %v: got %q, want it to contain %q", op, path, keyPattern.ReplaceAllString(fmt.Sprint(data), "sk-***"), resp.Error(), text)
 		}
 	}
 	e.noSecrets("an error", resp.Error().Error())
@@ -2447,8 +2447,8 @@ type vaultSystem struct {
 	deregistered []rotation.RotationJobDeregisterRequest
 }
 
-// communityErr is what the community edition answers, as it arrives over gRPC.
-var communityErr = errors.New("rpc error: code = Internal desc = error registering rotation job: " + automatedrotationutil.ErrRotationManagerUnsupported.Error())
+// errCommunity is what the community edition answers, as it arrives over gRPC.
+var errCommunity = errors.New("rpc error: code = Internal desc = error registering rotation job: " + automatedrotationutil.ErrRotationManagerUnsupported.Error())
 
 func (s *vaultSystem) RegisterRotationJob(_ context.Context, r *rotation.RotationJobConfigureRequest) (string, error) {
 	if s.err == nil {
@@ -2786,7 +2786,7 @@ func TestRotationFaults(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			everyStep(t, test.enough, func(t *testing.T, fault stepFault, at int) bool {
-				e, _ := newVaultEnv(t, communityErr)
+				e, _ := newVaultEnv(t, errCommunity)
 				test.set(e)
 				before := e.config().AdminAPIKeyID
 				s := newSteps(e)
@@ -3047,7 +3047,7 @@ func TestRotationSchedule(t *testing.T) {
 		{"new schedule", hourly, map[string]any{"rotation_schedule": "45 * * * *"}, 20 * time.Minute, time.Hour, "00:45"},
 		{"schedule for period", period, map[string]any{"rotation_schedule": "45 * * * *", "rotation_period": 0}, 20 * time.Minute, 3 * time.Hour, "00:45 01:45 02:45"},
 	} {
-		for _, err := range []error{communityErr, errors.New("rpc error: code = Unimplemented desc = unknown method")} {
+		for _, err := range []error{errCommunity, errors.New("rpc error: code = Unimplemented desc = unknown method")} {
 			t.Run(test.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					e, system := newVaultEnv(t, err)
@@ -3088,7 +3088,7 @@ func TestRotationSchedule(t *testing.T) {
 // TestRotationFields: which of the fields go together, and what is stored stays.
 func TestRotationFields(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, communityErr)
+		e, _ := newVaultEnv(t, errCommunity)
 		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": 60, "rotation_schedule": "* * * * *"}, "rotation_period", "rotation_schedule")
 		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_window": 3600}, "rotation_window")
 		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_schedule": "every day"}, "rotation_schedule")
@@ -3120,7 +3120,7 @@ func TestRotationFields(t *testing.T) {
 // hour. A config write ends that.
 func TestRotationRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, communityErr)
+		e, _ := newVaultEnv(t, errCommunity)
 		e.set(map[string]any{"rotation_period": "1h"})
 		e.always(http.MethodPost, "/admin_api_keys$", 500)
 		e.ticks(time.Hour - time.Minute)
@@ -3166,7 +3166,7 @@ func TestRotationReplication(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				e, system := newVaultEnv(t, communityErr)
+				e, system := newVaultEnv(t, errCommunity)
 				e.set(map[string]any{"rotation_period": "1h"})
 				_, first := e.sim.AdminKey()
 				resp := e.creds("web")
@@ -3256,7 +3256,7 @@ func TestRotationTakenOver(t *testing.T) {
 	for _, test := range []struct {
 		err  error
 		want string
-	}{{communityErr, "plugin"}, {nil, "vault"}} {
+	}{{errCommunity, "plugin"}, {nil, "vault"}} {
 		t.Run(test.want, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e, system := newVaultEnv(t, test.err)
@@ -3286,7 +3286,7 @@ func TestRotationTakenOver(t *testing.T) {
 // TestAdminKeyTTL is about admin keys that expire by themselves.
 func TestAdminKeyTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, communityErr)
+		e, _ := newVaultEnv(t, errCommunity)
 		const day = 24 * time.Hour
 		time.Sleep(2*day + 10*time.Hour) // to a Monday morning
 		for _, test := range []struct {
@@ -3369,7 +3369,7 @@ func TestAdminKeyTTL(t *testing.T) {
 // TestExpiringKey: config warns when its key ends and nothing will replace it.
 func TestExpiringKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, communityErr)
+		e, _ := newVaultEnv(t, errCommunity)
 		key, _ := e.sim.AdminKey()
 		_, made := e.callOpenAI(key, http.MethodPost, "admin_api_keys", `{"name":"ends","expires_in_seconds":86400}`)
 		data := map[string]any{"admin_api_key": made["value"], "admin_api_key_id": made["id"]}
@@ -3939,7 +3939,7 @@ func TestConcurrency(t *testing.T) {
 // Vault can't be sealed meanwhile.
 func TestPeriodicBound(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, communityErr)
+		e, _ := newVaultEnv(t, errCommunity)
 		e.set(map[string]any{"rotation_period": "1h"})
 		for range 20 {
 			e.lostAnswer()
