@@ -15,6 +15,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"os"
 	"net/http/httptest"
 	"net/url"
 	"regexp"
@@ -3958,4 +3959,19 @@ func TestPeriodicBound(t *testing.T) {
 		e.accounts(0)
 		e.nothingPending()
 	})
+}
+
+// TestMetricsDocumented: whoever adds a metric adds it to README and to the dashboard.
+func TestMetricsDocumented(t *testing.T) {
+	for _, file := range []string{"README.md", "examples/grafana/dashboard.json"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if !strings.Contains(string(text), metricPrefix+f.name) {
+				t.Errorf("%s lacks %s", file, metricPrefix+f.name)
+			}
+		}
+	}
 }
