@@ -1,0 +1,319 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
+//go:build e2e && linux
+
+package release
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"vault-plugin-secrets-openai/e2e/harness"
+)
+
+// vaultID is the user and group of the Vault server: like a packaged one it is not root,
+// and containers share its group, which Docker's socket belongs to as well.
+const vaultID = 65533
+
+// TestContainer runs the plugin in containers of a Docker engine of its own: in network,
+// mount and process namespaces that end with the test, so that nothing of the engine is
+// left, and nothing of the machine's network is seen or changed.
+func TestContainer(t *testing.T) {
+	if dir := os.Getenv(innerEnv); dir != "" {
+		testContainer(t, dir)
+		return
+	}
+	for _, need := range []string{"dockerd", "docker", "runc", "setpriv"} {
+		if _, err := exec.LookPath(need); err != nil {
+			t.Skipf("SKIPPED: %v: the plugin in a container is NOT tested", err)
+		}
+	}
+	if os.Getuid() != 0 {
+		t.Skip("SKIPPED: only root can start a Docker engine here: the plugin in a container is NOT tested")
+	}
+	// What needs the network, or root's home, comes before.
+	dir, err := os.MkdirTemp("", "vpso-c-") // short: unix sockets lie below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run(t, exec.CommandContext(t.Context(), "cp", vaultBinary(t), filepath.Join(dir, "vault")))
+	for _, version := range []string{"v0.1.0", "v0.2.0"} {
+		run(t, script(t, root, []string{"VERSION=" + version}, "scripts/build", filepath.Join(dir, version)))
+	}
+
+	cmd := isolated(t.Context(), syscall.CLONE_NEWNS|syscall.CLONE_NEWPID, "-test.run=^TestContainer$", "-test.v", "-test.timeout=15m")
+	cmd.Env = append(cmd.Env, innerEnv+"="+dir, "DOCKER_CONFIG="+filepath.Join(dir, "none"), "GOPROXY=off")
+	output := run(t, cmd)
+	if strings.Contains(output, "--- SKIP") {
+		t.Log(output)
+	}
+}
+
+// testContainer is the test proper, inside the namespaces; dir has the vault executable
+// and the plugin's two versions.
+func testContainer(t *testing.T, dir string) {
+	e := startDocker(t, dir)
+
+	// OpenAI stands on the address that containers have of this machine. The images trust
+	// its authority instead of the public ones, as a site behind a proxy would have it.
+	address := bridgeAddress(t)
+	certificate, authority := selfSigned(t, address)
+	bundle := filepath.Join(dir, "authority.pem")
+	if err := os.WriteFile(bundle, authority, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := startOpenAI(t, func(s *httptest.Server) {
+		s.Listener.Close()
+		var err error
+		if s.Listener, err = net.Listen("tcp", net.JoinHostPort(address, "0")); err != nil {
+			t.Fatal(err)
+		}
+		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+	})
+
+	images := map[string]string{}
+	for _, version := range []string{"v0.1.0", "v0.2.0"} {
+		run(t, script(t, root, []string{"DOCKER_HOST=" + string(e), "CA_BUNDLE=" + bundle}, "scripts/docker", version))
+		image := harness.PluginName + ":" + strings.TrimPrefix(version, "v")
+		images[version] = strings.TrimPrefix(e.docker(t, "image", "inspect", "--format", "{{.Id}}", image), "sha256:")
+		checkImage(t, e, image, version, fileSum(t, filepath.Join(dir, version)))
+	}
+
+	for _, oci := range []string{"runc", "runsc"} {
+		t.Run(oci, func(t *testing.T) {
+			if _, err := exec.LookPath(oci); err != nil {
+				t.Skipf("SKIPPED: %v: this runtime is NOT tested", err)
+			}
+			testRuntime(t, e, dir, oci, images, o)
+		})
+	}
+}
+
+// testRuntime takes a credential's whole way through containers of one OCI runtime.
+func testRuntime(t *testing.T, e engine, dir, oci string, images map[string]string, o *openAI) {
+	// The server's own files are root's until it is started.
+	wrapper := filepath.Join(dir, "vault-"+oci)
+	text := fmt.Sprintf("#!/bin/sh\nchown -R %[1]d:%[1]d \"${HOME%%/*}\"\nDOCKER_HOST=%[2]s exec setpriv --reuid %[1]d --regid %[1]d --clear-groups %[3]s \"$@\"\n",
+		vaultID, string(e), filepath.Join(dir, "vault"))
+	if err := os.WriteFile(wrapper, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	plugins := filepath.Join(dir, "plugins")
+	if err := os.MkdirAll(plugins, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	v := startVault(t, harness.Options{Binary: wrapper, PluginDir: plugins})
+
+	v.cli("plugin", "runtime", "register", "-type=container", "-oci_runtime="+oci, "test")
+	for version, id := range images {
+		v.cli("plugin", "register", "-sha256="+id, "-oci_image="+harness.PluginName, "-version="+version, "-runtime=test",
+			"secret", harness.PluginName)
+	}
+	wantText(t, "vault plugin info", v.cli("plugin", "info", "-version=v0.1.0", "secret", harness.PluginName),
+		"v0.1.0", images["v0.1.0"], harness.PluginName)
+	v.cli("secrets", "enable", "-path=openai", "-plugin-version=v0.1.0", harness.PluginName)
+	o.configure(v)
+
+	a := v.issue()
+	o.wantAccounts(t, a)
+	container := e.docker(t, "ps", "-q", "--no-trunc", "--filter", "label=com.hashicorp.vault.plugin.version=v0.1.0")
+	checkContainer(t, e, container, oci, images["v0.1.0"])
+
+	// The next call after the container's end starts another one.
+	e.docker(t, "kill", container)
+	err := harness.Until(t.Context(), 30*time.Second, func() error {
+		if result := v.CLI(t.Context(), "lease", "renew", a.Lease); result.Code != 0 {
+			return fmt.Errorf("renewing after the container was killed: %s", harness.Mask(result.Stderr))
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if next := e.docker(t, "ps", "-q", "--no-trunc"); next == "" || next == container {
+		t.Errorf("after the kill: got container %q, want one that is not %q", next, container)
+	}
+	v.cli("lease", "revoke", "-sync", a.Lease)
+	o.wantAccounts(t)
+
+	upAndDown(t, v, o)
+	v.cli("secrets", "disable", "openai/")
+}
+
+// engine is a Docker engine, by its address.
+type engine string
+
+// docker runs a command that must succeed and returns what it printed.
+func (e engine) docker(t *testing.T, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "docker", append([]string{"-H", string(e)}, args...)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, stderr.String())
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// startDocker starts an engine that ends with the namespaces.
+func startDocker(t *testing.T, dir string) engine {
+	t.Helper()
+	host := "unix://" + filepath.Join(dir, "docker.sock")
+	settings := filepath.Join(dir, "daemon.json") // not the machine's own
+	if err := os.WriteFile(settings, []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(dir, "dockerd.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"--host=" + host, "--group=" + fmt.Sprint(vaultID), "--config-file=" + settings,
+		"--data-root=" + filepath.Join(dir, "data"), "--exec-root=" + filepath.Join(dir, "exec"), "--pidfile=" + filepath.Join(dir, "pid"),
+		"--iptables=false", "--ip6tables=false", "--log-level=warn"}
+	if runsc, err := exec.LookPath("runsc"); err == nil {
+		args = append(args, "--add-runtime=runsc="+runsc)
+	}
+	cmd := exec.Command("dockerd", args...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { cmd.Wait(); close(ended) }()
+	t.Cleanup(func() {
+		cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+		}
+		log.Close()
+		if t.Failed() {
+			text, _ := os.ReadFile(log.Name())
+			t.Logf("log of the Docker engine:\n%s", text[max(0, len(text)-5000):])
+		}
+	})
+	err = harness.Until(t.Context(), time.Minute, func() error {
+		out, err := exec.Command("docker", "-H", host, "version").CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("the Docker engine does not start: %w\n%s", err, out)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return engine(host)
+}
+
+// bridgeAddress is the address of this machine on the engine's own network.
+func bridgeAddress(t *testing.T) string {
+	t.Helper()
+	bridge, err := net.InterfaceByName("docker0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addresses, err := bridge.Addrs()
+	if err != nil || len(addresses) == 0 {
+		t.Fatalf("docker0 has no address: %v", err)
+	}
+	return addresses[0].(*net.IPNet).IP.String()
+}
+
+// checkImage checks what is in an image: two files, one of them the plugin as it is
+// released, a user that is not root, and labels.
+func checkImage(t *testing.T, e engine, image, version, sum string) {
+	t.Helper()
+	var config struct {
+		User       string
+		Entrypoint []string
+		Cmd        []string
+		Labels     map[string]string
+	}
+	if err := json.Unmarshal([]byte(e.docker(t, "image", "inspect", "--format", "{{json .Config}}", image)), &config); err != nil {
+		t.Fatal(err)
+	}
+	if config.User != "65532:65532" || len(config.Entrypoint) != 1 || config.Cmd != nil {
+		t.Errorf("image: got user %q, entry point %q and command %q", config.User, config.Entrypoint, config.Cmd)
+	}
+	if got := config.Labels["org.opencontainers.image.version"]; got != version {
+		t.Errorf("image: got version %q, want %q", got, version)
+	}
+	container := e.docker(t, "create", image)
+	defer e.docker(t, "rm", container)
+	dir := t.TempDir()
+	e.docker(t, "cp", container+":/", dir)
+	var files []string
+	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
+		// The engine itself puts empty mount points for /dev, /etc/hosts and the like.
+		if info, infoErr := entry.Info(); err == nil && infoErr == nil && info.Mode().IsRegular() && info.Size() > 0 {
+			files = append(files, strings.TrimPrefix(path, dir))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := fmt.Sprint(files), "[/etc/ssl/certs/ca-certificates.crt /"+harness.PluginName+"]"; got != want {
+		t.Errorf("image: got files %s, want %s", got, want)
+	}
+	if got := fileSum(t, filepath.Join(dir, harness.PluginName)); got != sum {
+		t.Errorf("the plugin in the image: got %s, want %s as it is released", got, sum)
+	}
+}
+
+// checkContainer checks how Vault runs the plugin.
+func checkContainer(t *testing.T, e engine, container, oci, image string) {
+	t.Helper()
+	got := e.docker(t, "inspect", "--format", "{{.HostConfig.Runtime}} {{.Image}} {{.Config.User}} {{.HostConfig.CapDrop}} {{.HostConfig.GroupAdd}}", container)
+	if want := fmt.Sprintf("%s sha256:%s 65532:65532 [ALL] [%d]", oci, image, vaultID); got != want {
+		t.Errorf("container: got %s, want %s", got, want)
+	}
+	// The process as this machine sees it, whatever the image says; gVisor's is not shown.
+	top := strings.Join(strings.Fields(e.docker(t, "top", container, "-eo", "pid,uid,args")), " ")
+	if oci == "runc" && !strings.Contains(top, " 65532 /"+harness.PluginName) {
+		t.Errorf("container: the plugin does not run as 65532: %s", top)
+	}
+}
+
+// selfSigned makes a certificate for an address, and the file of authorities to trust it.
+func selfSigned(t *testing.T, address string) (tls.Certificate, []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "simulated OpenAI"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.ParseIP(address)}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+}
