@@ -103,8 +103,9 @@ func testContainer(t *testing.T, dir string) {
 
 	for _, oci := range []string{"runc", "runsc"} {
 		t.Run(oci, func(t *testing.T) {
-			if _, err := exec.LookPath(oci); err != nil {
-				t.Skipf("SKIPPED: %v: this runtime is NOT tested", err)
+			// A runsc that can't make networks here would fail for reasons of the machine.
+			if _, err := exec.LookPath(oci); err != nil || oci == "runsc" && os.Getenv("E2E_RUNSC") == "" {
+				t.Skipf("SKIPPED: this runtime is NOT tested (%v); runsc needs E2E_RUNSC=1", err)
 			}
 			testRuntime(t, e, dir, oci, images, o)
 		})
