@@ -2954,6 +2954,27 @@ func TestRotationWaitsForCalls(t *testing.T) {
 	}
 }
 
+// TestRotatedElsewhere: a call whose key another node has rotated away, even twice, goes on with the new one.
+func TestRotatedElsewhere(t *testing.T) {
+	e := newConfiguredEnv(t)
+	other := *e
+	other.restart()
+	rotations := 2
+	e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
+		if req.Method == http.MethodPost && rotations > 0 {
+			rotations--
+			other.ok(logical.UpdateOperation, "config/rotate", nil)
+		}
+		return e.sim.Transport().RoundTrip(req)
+	}))
+	e.creds("web")
+	if got := e.countCalls(http.MethodPost, "/service_accounts"); got != 3 {
+		t.Errorf("creations: got %d, want the third to succeed", got)
+	}
+	e.oneKey()
+	e.accounts(1)
+}
+
 // TestRotationUnderLoad: issuing and revoking never notices rotations.
 func TestRotationUnderLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
