@@ -23,6 +23,7 @@ import (
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -108,6 +109,16 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 		}
 	}
 	return resp, err
+}
+
+// HandleExistenceCheck leaves a value of the wrong type for HandleRequest to refuse: the
+// framework's own error would quote it.
+func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checked, exists bool, err error) {
+	checked, exists, err = b.Backend.HandleExistenceCheck(ctx, req)
+	if invalid := (errutil.UserError{}); errors.As(err, &invalid) {
+		return true, true, nil
+	}
+	return checked, exists, err
 }
 
 // invalidate drops what is cached of a storage entry that another node has changed.
@@ -479,7 +490,7 @@ func result(err error) string {
 // Names of the metrics that count, without metricPrefix.
 const (
 	metricPrefix        = "vault_openai_"
-	metricCredentials   = "credential_operations_total"
+	metricCredentials   = "credential_operations_total" // #nosec G101 -- a name, not a credential
 	metricHandedOver    = "revocations_handed_over_total"
 	metricRequests      = "api_requests_total"
 	metricDuration      = "api_request_duration_seconds"

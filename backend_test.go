@@ -641,7 +641,7 @@ func TestConfig(t *testing.T) {
 		if resp := e.configure(nil); resp != nil {
 			t.Errorf("write: got %v, want no content", resp)
 		}
-		_, id := e.sim.AdminKey()
+		key, id := e.sim.AdminKey()
 		want := map[string]any{
 			"admin_api_key_id": id, "organization_id": "org-sim", "api_endpoint": "https://api.openai.com/v1",
 			"admin_key_ttl": 0, "admin_key_expires_at": "", "last_rotated": "2000-01-01T00:00:00Z", "next_rotation": "",
@@ -652,7 +652,7 @@ func TestConfig(t *testing.T) {
 
 		time.Sleep(time.Hour)
 		for _, step := range []struct{ write, changes map[string]any }{
-			{map[string]any{"api_endpoint": "http://localhost:8080/v1//"}, map[string]any{"api_endpoint": "http://localhost:8080/v1"}},
+			{map[string]any{"api_endpoint": "http://localhost:8080/v1//", "admin_api_key": key + "\n"}, map[string]any{"api_endpoint": "http://localhost:8080/v1"}},
 			{map[string]any{}, nil},
 			{
 				map[string]any{"rotation_period": "36h"},
@@ -672,7 +672,7 @@ func TestConfig(t *testing.T) {
 			},
 			{map[string]any{"rotation_window": 10800}, map[string]any{"rotation_window": 10800}},
 			{map[string]any{"rotation_schedule": ""}, map[string]any{"rotation_schedule": "", "rotation_window": 0, "next_rotation": "", "rotation_manager": "none"}},
-			{map[string]any{"api_endpoint": ""}, map[string]any{"api_endpoint": "https://api.openai.com/v1"}},
+			{map[string]any{"api_endpoint": "", "admin_api_key": key}, map[string]any{"api_endpoint": "https://api.openai.com/v1"}},
 		} {
 			e.ok(logical.UpdateOperation, "config", step.write)
 			maps.Copy(want, step.changes)
@@ -1489,7 +1489,10 @@ func TestRevokeGone(t *testing.T) {
 		"no access":             {func(e *env, _ string) { e.failing(openaisim.Fault{Status: 403}) }, "403"},
 		"404 of another server": {func(e *env, _ string) { e.failing(openaisim.Fault{Status: 404, Body: "<html>no such page"}) }, "404"},
 		"mistyped endpoint": {func(e *env, _ string) {
-			e.ok(logical.UpdateOperation, "config", map[string]any{"api_endpoint": "https://api.openai.com/v2", "verify_connection": false})
+			key, id := e.sim.AdminKey()
+			e.ok(logical.UpdateOperation, "config", map[string]any{
+				"api_endpoint": "https://api.openai.com/v2", "admin_api_key": key, "admin_api_key_id": id, "verify_connection": false,
+			})
 		}, "404"},
 		"deletion not confirmed": {func(e *env, _ string) {
 			e.failing(openaisim.Fault{Method: "DELETE", Status: 200, Body: `{"deleted":false}`})
@@ -3995,4 +3998,37 @@ func TestMetricsDocumented(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestKeyStaysAtItsEndpoint: who may write config, but does not know the key, can't have it
+// sent elsewhere.
+func TestKeyStaysAtItsEndpoint(t *testing.T) {
+	e := newConfiguredEnv(t)
+	before := e.config()
+	for _, data := range []map[string]any{
+		{"api_endpoint": "https://example.com/v1"},
+		{"api_endpoint": "https://example.com/v1", "verify_connection": false},
+	} {
+		e.refused(logical.UpdateOperation, "config", data, "api_endpoint", "admin_api_key")
+	}
+	e.ok(logical.UpdateOperation, "config", map[string]any{"api_endpoint": before.APIEndpoint})
+	if got := e.config(); got.APIEndpoint != before.APIEndpoint {
+		t.Errorf("endpoint: got %q, want %q", got.APIEndpoint, before.APIEndpoint)
+	}
+}
+
+// TestExistenceCheck leaves bad input to the write, whose answer does not quote it.
+func TestExistenceCheck(t *testing.T) {
+	e := newConfiguredEnv(t)
+	for path, want := range map[string]bool{"config": true, "roles/web": true, "roles/other": false} {
+		if _, got, err := e.b.HandleExistenceCheck(context.Background(), &logical.Request{Path: path, Operation: logical.CreateOperation, Storage: e.storage}); got != want || err != nil {
+			t.Errorf("%s: got %v (%v), want %v", path, got, err, want)
+		}
+	}
+	secret := map[string]any{"admin_api_key": map[string]any{"x": "sk-admin-secret"}}
+	_, _, err := e.b.HandleExistenceCheck(context.Background(), &logical.Request{Path: "config", Operation: logical.CreateOperation, Data: secret, Storage: e.storage})
+	if err != nil {
+		t.Errorf("bad input: got error %v, want none", err)
+	}
+	e.refused(logical.UpdateOperation, "config", secret, "admin_api_key does not take this value")
 }

@@ -312,7 +312,7 @@ func (c *client) do(ctx context.Context, op call) error {
 			return err
 		}
 		// Half of the wait is random, so that callers do not come back in step.
-		wait, reason := backoff/2+rand.N(backoff/2), "connection"
+		wait, reason := backoff/2+rand.N(backoff/2), "connection" // #nosec G404 -- no secret depends on it
 		var e *apiError
 		if errors.As(err, &e) {
 			reason = strconv.Itoa(e.Status)

@@ -30,7 +30,7 @@ const (
 	rolePrefix = "roles/"
 
 	// secretType is what Vault files leases under; the older plugin's is the same.
-	secretType = "openai_api_key"
+	secretType = "openai_api_key" // #nosec G101 -- a name, not a credential
 
 	defaultEndpoint     = "https://api.openai.com/v1"
 	defaultTTL          = time.Hour
@@ -330,11 +330,13 @@ func setSeconds(d *framework.FieldData, name string, field *time.Duration) {
 
 // update sets the fields that d names and checks the whole. Its error is the caller's.
 func (cfg *config) update(d *framework.FieldData) error {
-	if v, ok := d.GetOk("admin_api_key"); ok {
-		if v.(string) != cfg.AdminAPIKey {
+	v, keyGiven := d.GetOk("admin_api_key")
+	if keyGiven {
+		key := strings.TrimSpace(v.(string)) // a line break comes along from stdin
+		if key != cfg.AdminAPIKey {
 			cfg.AdminAPIKeyID, cfg.AdminKeyExpires = "", time.Time{} // of the former key
 		}
-		cfg.AdminAPIKey = v.(string)
+		cfg.AdminAPIKey = key
 	}
 	setText(d, "admin_api_key_id", &cfg.AdminAPIKeyID)
 	setText(d, "organization_id", &cfg.OrganizationID)
@@ -346,6 +348,10 @@ func (cfg *config) update(d *framework.FieldData) error {
 		endpoint, err := parseEndpoint(v.(string))
 		if err != nil {
 			return err
+		}
+		// Who may write config but does not know the key must not get it sent to himself.
+		if cfg.APIEndpoint != "" && cfg.APIEndpoint != endpoint && !keyGiven {
+			return errors.New("api_endpoint can only be changed together with admin_api_key, which would be sent there")
 		}
 		cfg.APIEndpoint = endpoint
 	}
@@ -995,7 +1001,7 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name s
 func answerError(doing string, err error) (*logical.Response, error) {
 	var e *apiError
 	if errors.As(err, &e) && (e.Param == "expires_in_seconds" || strings.Contains(e.Message, "expires_in_seconds")) {
-		err = fmt.Errorf("%w; where OpenAI limits a key's life, set the role's enforce_key_expiry=true and lower its ttl and max_ttl", err)
+		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower ttl and max_ttl", err)
 	}
 	if errors.Is(err, errNotConfigured) || isRefused(err) && !isStatus(err, http.StatusUnauthorized, http.StatusTooManyRequests) {
 		return logical.ErrorResponse("%s: %s", doing, err), nil
@@ -1122,6 +1128,7 @@ what to hand out with "roles/<name>", and read keys from "creds/<name>". It rota
 its own Admin API key with "config/rotate" or on a schedule.
 `
 
+// The help texts of the paths.
 const (
 	configHelpSynopsis    = "Configure the Admin API key of the OpenAI organization and how it is rotated."
 	configHelpDescription = `
@@ -1170,7 +1177,7 @@ With enforce_key_expiry (the default) OpenAI itself expires a key about a minute
 its lease, even if Vault is lost. Set it to false for gateways that do not know
 expires_in_seconds.
 `
-	credsHelpSynopsis    = "Make an API key under a new lease."
+	credsHelpSynopsis    = "Make an API key under a new lease." // #nosec G101 -- a help text
 	credsHelpDescription = `
 Each read makes a new API key as the role says. The lease can be renewed up to the
 role's max_ttl; when it ends or is revoked the key's service account is deleted, and
