@@ -1,5 +1,6 @@
-# Vault Agent keeps a living OpenAI key in a file and restarts nothing: it renews the
-# lease, and gets a new key when the lease has reached the role's max_ttl.
+# Vault Agent beside an application that reads OPENAI_API_KEY from its environment. The
+# agent renews the lease until the role's max_ttl, then gets a new key, writes the file
+# again and restarts the application.
 # vault agent -config=agent.hcl
 
 vault {
@@ -9,21 +10,25 @@ vault {
 auto_auth {
   method "approle" {
     config = {
-      role_id_file_path                   = "/etc/openai-app/role-id"
-      secret_id_file_path                 = "/etc/openai-app/secret-id"
+      role_id_file_path                   = "/etc/vault-agent/role-id"
+      secret_id_file_path                 = "/etc/vault-agent/secret-id"
       remove_secret_id_file_after_reading = false
     }
   }
 }
 
 template_config {
-  # A static secret would be read again this often; leased ones are renewed.
-  static_secret_render_interval = "5m"
-  exit_on_retry_failure         = true
+  # End with an error when Vault does not answer for good, for the service manager to see.
+  exit_on_retry_failure = true
 }
 
 template {
-  source      = "openai.env.ctmpl"
-  destination = "/run/openai-app/openai.env"
-  perms       = "0600"
+  source               = "/etc/vault-agent/openai.env.ctmpl"
+  destination          = "/run/my-app/openai.env"
+  perms                = "0600"
+  error_on_missing_key = true
+
+  exec {
+    command = ["systemctl", "try-restart", "my-app.service"]
+  }
 }

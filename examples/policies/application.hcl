@@ -1,16 +1,12 @@
-# An application: read keys of its own role, keep them alive, and give them back.
+# An application: gets keys of its own role and gives them back. That it may renew its
+# leases and its token is in Vault's policy "default".
 # vault policy write openai-my-role application.hcl
 
 path "openai/creds/my-role" {
   capabilities = ["read"]
 }
 
-# A token may always renew itself and look itself up (the policy "default"). These two
-# are for leases that it was given; who does not know a lease's ID can't use them.
-path "sys/leases/renew" {
-  capabilities = ["update"]
-}
-
+# Works for who knows the lease's ID, which only the reader of the key was told.
 path "sys/leases/revoke" {
   capabilities = ["update"]
 }

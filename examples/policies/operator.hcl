@@ -1,4 +1,5 @@
-# An operator of the engine: its config, its roles and its leases, but no keys.
+# Who runs the engine: everything but the keys it hands out.
+# vault policy write openai-operator operator.hcl
 
 path "openai/config" {
   capabilities = ["create", "read", "update", "delete"]
@@ -20,11 +21,12 @@ path "openai/metrics" {
   capabilities = ["read"]
 }
 
-# Revoke what a role has issued: vault lease revoke -prefix openai/creds/my-role
-path "sys/leases/revoke-prefix/openai/*" {
-  capabilities = ["update", "sudo"]
+# Which leases there are, and ending all of a role's at once, after a leak for example:
+# vault lease revoke -prefix openai/creds/my-role
+path "sys/leases/lookup/openai/creds/*" {
+  capabilities = ["list", "sudo"]
 }
 
-path "sys/leases/lookup/openai/*" {
-  capabilities = ["list", "sudo"]
+path "sys/leases/revoke-prefix/openai/creds/*" {
+  capabilities = ["update", "sudo"]
 }

@@ -1,4 +1,5 @@
-# Prometheus: the plugin's metrics and Vault's own.
+# Prometheus: what the engine counts, and what Vault itself counts.
+# vault policy write openai-prometheus prometheus.hcl
 
 path "openai/metrics" {
   capabilities = ["read"]
