@@ -4032,3 +4032,41 @@ func TestExistenceCheck(t *testing.T) {
 	}
 	e.refused(logical.UpdateOperation, "config", secret, "admin_api_key does not take this value")
 }
+
+// TestSlowRenewal: however long a renewal waits, the key outlives the lease that Vault makes
+// of its answer, by no more than a minute, and never goes past the longest life.
+func TestSlowRenewal(t *testing.T) {
+	limited := func(seconds string) *openaisim.Fault {
+		return &openaisim.Fault{Status: 429, Header: http.Header{"Retry-After": {seconds}}}
+	}
+	for name, tt := range map[string]struct {
+		fault   *openaisim.Fault
+		latency time.Duration
+	}{
+		"slow answer": {nil, 24 * time.Second}, "slow errors": {&openaisim.Fault{Times: 2}, 20 * time.Second},
+		"limited": {limited("40"), 0}, "limited for a minute": {limited("60"), 0}, "limited, slow answer": {limited("45"), 12 * time.Second},
+	} {
+		for i, age := range []time.Duration{30 * time.Minute, 90 * time.Minute, 90 * time.Minute} { // bounded by ttl, by max_ttl, by the mount
+			t.Run(fmt.Sprint(name, i), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := newConfiguredEnv(t)
+					e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "1h", "max_ttl": []string{"2h", "2h", "3h"}[i]})
+					e.system.MaxLeaseTTLVal = 2 * time.Hour
+					secret := e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": "2h"}).Secret
+					secret.IssueTime = time.Now().Add(300 * time.Millisecond) // when Vault has the answer
+					time.Sleep(age)
+					e.sim.SetLatency(tt.latency)
+					if tt.fault != nil {
+						e.sim.Inject(*tt.fault)
+					}
+					ttl := min(e.renew(secret), time.Until(secret.IssueTime.Add(2*time.Hour)))
+					end := time.Now().Add(ttl)
+					expires := e.sim.ProjectKeys(openaisim.DefaultProject)[0].Expires
+					if over := expires.Sub(end); over < 0 || over > time.Minute {
+						t.Errorf("the key outlives its lease by %s, want 0 to 1m", over)
+					}
+				})
+			})
+		}
+	}
+}

@@ -683,20 +683,23 @@ func (c *client) deleteAPIKey(ctx context.Context, projectID, id string) error {
 	return err
 }
 
-// secondsUntil is a time that is sent as the whole seconds from now until then, so
-// that a call which had to wait still names the same moment. At least 1.
-type secondsUntil time.Time
-
-func (t secondsUntil) MarshalJSON() ([]byte, error) {
-	return strconv.AppendInt(nil, max(1, int64(time.Until(time.Time(t))/time.Second)), 10), nil
+// keyLife is sent as the whole seconds that a key lives on, counted when it is sent, so that
+// a call which had to wait asks for no less: ttl, but not past until. At least 1.
+type keyLife struct {
+	ttl   time.Duration
+	until time.Time
 }
 
-// setKeyExpiry moves the expiry of a project API key. A key that has expired already
-// can't be updated.
-func (c *client) setKeyExpiry(ctx context.Context, projectID, keyID string, at time.Time) error {
+func (l keyLife) MarshalJSON() ([]byte, error) {
+	return strconv.AppendInt(nil, max(1, int64(min(l.ttl, time.Until(l.until))/time.Second)), 10), nil
+}
+
+// setKeyLife moves the expiry of a project API key. A key that has expired already can't be
+// updated.
+func (c *client) setKeyLife(ctx context.Context, projectID, keyID string, life keyLife) error {
 	_, err := ask(ctx, c, call{
 		name: "update_api_key", method: http.MethodPost, path: projectPath(projectID, "api_keys", keyID),
-		in: map[string]any{"expires_in_seconds": secondsUntil(at)}, repeatable: true,
+		in: map[string]any{"expires_in_seconds": life}, repeatable: true,
 	}, func(k *apiKey) bool { return k.ID == keyID })
 	return err
 }

@@ -42,10 +42,10 @@ const (
 	maxTemplateLength   = 256 // bytes
 
 	// keyGrace is how long OpenAI lets a key live after its lease's end, for clocks that
-	// differ and answers that are slow. A renewal asks for renewSlack less, so that even
-	// a slow one never reaches past issue time + max_ttl + keyGrace.
+	// differ and answers that are slow. A renewal asks for renewSlack less, which is as long
+	// as its answer can take, so that the key never reaches past issue time + max_ttl + keyGrace.
 	keyGrace   = time.Minute
-	renewSlack = 5 * time.Second
+	renewSlack = attemptTimeout
 )
 
 // config is the storage entry "config". The older plugin's entry has the fields up to
@@ -1035,9 +1035,16 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 		if err != nil {
 			return logical.ErrorResponse("lease can't be renewed: %s", err), nil
 		}
-		expiry := start.Truncate(time.Second).Add(min(ttl+keyGrace-renewSlack, maxKeyLife))
+		limit := r.MaxTTL
+		if mount := b.System().MaxLeaseTTL(); mount > 0 {
+			limit = min(limit, mount)
+		}
+		life := keyLife{
+			ttl:   min(ttl+keyGrace-renewSlack, maxKeyLife),
+			until: req.Secret.IssueTime.Add(limit + keyGrace - renewSlack),
+		}
 		err = b.useClient(ctx, req.Storage, func(c *client) error {
-			return c.setKeyExpiry(ctx, l.ProjectID, l.APIKeyID, expiry)
+			return c.setKeyLife(ctx, l.ProjectID, l.APIKeyID, life)
 		})
 		if err != nil {
 			return answerError("moving the key's expiry", err)
