@@ -885,6 +885,10 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	g, err := b.create(ctx, req.Storage, r, name, expiresIn)
 	if err != nil {
 		if g.nothingLeft {
+			// Also when ctx has ended, as after a long wait for a rate limit: else each such
+			// call would cost a list of the project's accounts later.
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
 			if walErr := framework.DeleteWAL(ctx, req.Storage, walID); walErr != nil {
 				b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", walErr)
 			}
