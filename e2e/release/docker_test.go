@@ -101,15 +101,16 @@ func testContainer(t *testing.T, dir string) {
 		checkImage(t, e, image, version, fileSum(t, filepath.Join(dir, version)))
 	}
 
-	for _, oci := range []string{"runc", "runsc"} {
-		t.Run(oci, func(t *testing.T) {
-			// A runsc that can't make networks here would fail for reasons of the machine.
-			if _, err := exec.LookPath(oci); err != nil || oci == "runsc" && os.Getenv("E2E_RUNSC") == "" {
-				t.Skipf("SKIPPED: this runtime is NOT tested (%v); runsc needs E2E_RUNSC=1", err)
-			}
-			testRuntime(t, e, dir, oci, images, o)
-		})
-	}
+	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", images, o) })
+	t.Run("runsc", func(t *testing.T) {
+		// Alone, the plugin says what it is. A runsc that is too old for this kernel can't
+		// even do that, which is no fault of the plugin's.
+		out, _ := exec.CommandContext(t.Context(), "docker", "-H", string(e), "run", "--rm", "--runtime=runsc", images["v0.1.0"]).CombinedOutput()
+		if !strings.Contains(string(out), "This binary is a plugin") {
+			t.Skipf("SKIPPED: gVisor's runsc does not work here: the plugin in gVisor is NOT tested: %s", out)
+		}
+		testRuntime(t, e, dir, "runsc", images, o)
+	})
 }
 
 // testRuntime takes a credential's whole way through containers of one OCI runtime.
@@ -184,7 +185,12 @@ func startDocker(t *testing.T, dir string) engine {
 	t.Helper()
 	host := "unix://" + filepath.Join(dir, "docker.sock")
 	settings := filepath.Join(dir, "daemon.json") // not the machine's own
-	if err := os.WriteFile(settings, []byte("{}"), 0o600); err != nil {
+	text := "{}"
+	if runsc, err := exec.LookPath("runsc"); err == nil {
+		// gVisor lets the plugin make the socket that Vault calls it by only when told so.
+		text = fmt.Sprintf(`{"runtimes": {"runsc": {"path": %q, "runtimeArgs": ["--host-uds=all"]}}}`, runsc)
+	}
+	if err := os.WriteFile(settings, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	log, err := os.Create(filepath.Join(dir, "dockerd.log"))
@@ -194,9 +200,6 @@ func startDocker(t *testing.T, dir string) engine {
 	args := []string{"--host=" + host, "--group=" + fmt.Sprint(vaultID), "--config-file=" + settings,
 		"--data-root=" + filepath.Join(dir, "data"), "--exec-root=" + filepath.Join(dir, "exec"), "--pidfile=" + filepath.Join(dir, "pid"),
 		"--iptables=false", "--ip6tables=false", "--log-level=warn"}
-	if runsc, err := exec.LookPath("runsc"); err == nil {
-		args = append(args, "--add-runtime=runsc="+runsc)
-	}
 	cmd := exec.Command("dockerd", args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
