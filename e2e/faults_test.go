@@ -35,14 +35,13 @@ func (e *engine) accounts() map[string]bool {
 }
 
 // leases counts the live leases of the role app.
-func (e *engine) leases() int {
-	e.t.Helper()
+func (e *engine) leases() (int, error) {
 	status, answer, err := e.API(e.t.Context(), "LIST", "sys/leases/lookup/"+e.mount+"/creds/app", nil)
 	if err != nil || status != http.StatusOK && status != http.StatusNotFound {
-		e.t.Fatalf("listing leases: %d %v", status, err)
+		return 0, fmt.Errorf("listing leases: %d %v", status, err)
 	}
 	keys, _ := dig(answer, "data", "keys").([]any)
-	return len(keys)
+	return len(keys), nil
 }
 
 // remembered lists the mount's write-ahead-log and clean-up entries. The server must have
@@ -256,10 +255,11 @@ func TestFaults(t *testing.T) {
 	})
 	t.Logf("failed revocations were made good %s after OpenAI's recovery", time.Since(recovered).Round(time.Second))
 	e.until(3*tick, func() error { // a retry of Vault's finds the account gone
-		if got := e.leases(); got != len(live) {
-			return fmt.Errorf("got %d leases, want %d", got, len(live))
+		got, err := e.leases()
+		if err == nil && got != len(live) {
+			err = fmt.Errorf("got %d leases, want %d", got, len(live))
 		}
-		return nil
+		return err
 	})
 	if got := v.irrevocable(); got != 0.0 {
 		t.Errorf("irrevocable leases: got %v, want 0", got)

@@ -46,8 +46,11 @@ func (e *engine) config() map[string]any {
 
 // onlyAdminKey is nil when OpenAI has one admin key, and config names it.
 func (e *engine) onlyAdminKey() error {
-	e.t.Helper()
-	keys, id := e.sim.AdminKeys(), e.config()["admin_api_key_id"]
+	_, config, err := e.API(e.t.Context(), "GET", e.mount+"/config", nil)
+	if err != nil {
+		return err
+	}
+	keys, id := e.sim.AdminKeys(), dig(config, "data", "admin_api_key_id")
 	if len(keys) != 1 || keys[0].ID != id {
 		return fmt.Errorf("%s: OpenAI has %d admin keys, want one, config's %v", e.mount, len(keys), id)
 	}
