@@ -11,6 +11,8 @@ LABEL org.opencontainers.image.title="vault-plugin-secrets-openai" \
       org.opencontainers.image.licenses="MPL-2.0" \
       org.opencontainers.image.version="$VERSION"
 # Nobody in particular: Vault adds its own group, which may write the folder of the socket
-# that it mounts.
-USER 65532:65532
+# that it mounts. An engine without root maps the container's root to the user that runs
+# Vault, and nobody else can write that folder: build for it with CONTAINER_USER=0:0.
+ARG CONTAINER_USER=65532:65532
+USER $CONTAINER_USER
 ENTRYPOINT ["/vault-plugin-secrets-openai"]
