@@ -3396,6 +3396,17 @@ func TestAdminKeyTTL(t *testing.T) {
 		if e.ticks(6 * time.Hour); e.logged("WARN", "expires soon") != warned {
 			t.Error("warned after the rotation had succeeded")
 		}
+
+		// A life so short that the key always ends soon, with rotations in time.
+		e.set(map[string]any{"rotation_period": int(day.Seconds()), "admin_key_ttl": int((2 * day).Seconds())})
+		e.ok(logical.UpdateOperation, "config/rotate", nil)
+		if e.ticks(50 * time.Hour); e.logged("WARN", "expires soon") != warned {
+			t.Error("warned of a key whose successor was on time")
+		}
+		e.always(http.MethodPost, "/admin_api_keys$", 403)
+		if e.ticks(26 * time.Hour); e.logged("WARN", "expires soon") == warned {
+			t.Error("did not warn of a key whose successor was late")
+		}
 	})
 }
 

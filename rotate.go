@@ -402,13 +402,17 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	now := time.Now()
 	next := cfg.nextRotation(now)
 	if cfg.RotationManager == managerPlugin && !next.IsZero() && !now.Before(next) && !now.Before(b.retryRotation) {
-		if cfg, err = b.rotate(ctx, req, managerPlugin); err != nil {
+		if rotated, err := b.rotate(ctx, req, managerPlugin); err == nil {
+			cfg = rotated
+		} else {
 			b.retryRotation = now.Add(min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry))
 			b.rotationFailures++
-			return
 		}
 	}
-	if left := cfg.AdminKeyExpires.Sub(now); !cfg.AdminKeyExpires.IsZero() && left < expiryWarning && now.Sub(b.expiryWarned) > time.Hour {
+	// A key with a short admin_key_ttl always ends soon: no harm while its successor is on time.
+	next = cfg.nextRotation(now)
+	onTime := !next.IsZero() && next.Before(cfg.AdminKeyExpires) && now.Sub(next) < time.Hour
+	if !cfg.AdminKeyExpires.IsZero() && cfg.AdminKeyExpires.Sub(now) < expiryWarning && !onTime && now.Sub(b.expiryWarned) > time.Hour {
 		b.expiryWarned = now
 		b.Logger().Warn("the admin API key expires soon: rotate or replace it", "expires_at", formatTime(cfg.AdminKeyExpires))
 	}
