@@ -76,7 +76,7 @@ func Vault(ctx context.Context, version string, w io.Writer) (string, error) {
 	return binary, os.Rename(part, binary)
 }
 
-// BuildPlugin builds the plugin into dir as a release is built, and returns the SHA-256
+// BuildPlugin builds the plugin into dir, quicker than a release is built, and returns the SHA-256
 // that Vault's catalog asks for. An empty version is a development build.
 func BuildPlugin(ctx context.Context, dir, version string) (sum string, err error) {
 	root, err := moduleRoot(ctx)
