@@ -34,6 +34,9 @@ type backend struct {
 	transport http.RoundTripper // shared by all clients of the mount
 	throttle  *throttle         // likewise
 	metrics   *metrics
+	// enterprise tells whether Vault keeps observations and events. The community edition
+	// would drop them, after two calls for each credential.
+	enterprise func() bool
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from
 	// reading config to writing it: config writes, rotations, and their rollback. It
@@ -64,6 +67,10 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper) *backend {
 	b := &backend{transport: transport, throttle: newThrottle(), metrics: &metrics{}}
+	b.enterprise = sync.OnceValue(func() bool {
+		env, err := b.System().PluginEnv(context.Background())
+		return err != nil || strings.HasPrefix(env.GetVaultVersionMetadata(), "ent")
+	})
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		RunningVersion: version,
@@ -198,8 +205,9 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, fn func(*cli
 
 // Kinds of write-ahead-log entries.
 const (
-	walCredential = "credential"    // data: pendingCredential
-	walAdminKey   = "admin_api_key" // data: pendingAdminKey
+	walCredential = "credential"        // data: pendingCredential
+	walIssued     = "issued_credential" // data: issuedCredential
+	walAdminKey   = "admin_api_key"     // data: pendingAdminKey
 )
 
 const (
@@ -210,15 +218,44 @@ const (
 	// walGrace is how long after its key must have expired the rollback of a credential is
 	// still tried.
 	walGrace = 24 * time.Hour
+	// settleTime is how long after the plugin's answer Vault has its lease for certain. If it
+	// can't store the lease, it revokes the credential at once.
+	settleTime = 10 * time.Second
 )
 
-// pendingCredential is written before an account or a key is made and deleted when the
-// answer is on the way to the caller. Names are unique; ids are not known yet.
+// pendingCredential is written before an account or a key is made. Names are unique; ids
+// are not known yet.
 type pendingCredential struct {
 	ProjectID        string    `json:"project_id"`
 	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only a key is made
 	Name             string    `json:"name"`
 	Expires          time.Time `json:"expires,omitzero"` // the key does not outlive this; zero: it may
+}
+
+// issuedCredential replaces the pendingCredential before the credential is handed out, and
+// is deleted settleTime later. If Vault dies between the two, its lease may never have been
+// stored: only then does the entry live until the lease's end. A renewal deletes it too.
+type issuedCredential struct {
+	lease
+	LeaseEnd time.Time `json:"lease_end"` // by then a lease has been renewed or revoked
+}
+
+// errNotDue keeps an issuedCredential, which may well be in use.
+var errNotDue = errors.New("the lease may still be in use")
+
+// issued replaces the entry of a pending credential and has it deleted later.
+func (b *backend) issued(ctx context.Context, s logical.Storage, l *lease, end time.Time) error {
+	err := putJSON(ctx, s, framework.WALPrefix+l.WALID, framework.WALEntry{
+		Kind: walIssued, Data: issuedCredential{*l, end}, CreatedAt: time.Now().Unix(),
+	})
+	if err == nil {
+		time.AfterFunc(settleTime, func() {
+			ctx, cancel := context.WithTimeout(context.Background(), settleTime)
+			defer cancel()
+			_ = framework.DeleteWAL(ctx, s, l.WALID) // what stays is harmless, see rollback
+		})
+	}
+	return err
 }
 
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault
@@ -233,6 +270,14 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 		var p pendingCredential
 		if err = decode(data, &p); err == nil {
 			err = b.rollbackCredential(ctx, req.Storage, p)
+		}
+	case walIssued:
+		var p issuedCredential
+		if err = decode(data, &p); err == nil {
+			if time.Now().Before(p.LeaseEnd) {
+				return errNotDue
+			}
+			_, err = b.rememberCleanup(ctx, req.Storage, &p.lease) // mostly there is nothing left to delete
 		}
 	case walAdminKey:
 		var p pendingAdminKey
@@ -397,7 +442,7 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) er
 		return err
 	}
 	b.metrics.cleanups.Add(-1)
-	b.Logger().Info("cleaned up a credential whose revocation had failed", "project_id", c.ProjectID,
+	b.Logger().Info("cleaned up a credential", "project_id", c.ProjectID,
 		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
 	return nil
 }
@@ -442,8 +487,8 @@ var (
 )
 
 // report tells of a change, or of err that kept it from happening: in the log, and as an
-// observation and an event, which Vault drops where it does not have them. pairs are
-// names and values, plain and never secret.
+// observation and an event where Vault has these. pairs are names and values, plain and
+// never secret.
 func (b *backend) report(ctx context.Context, req *logical.Request, c change, err error, pairs ...any) {
 	log, text, observation, event := b.Logger().Info, c.log, c.observation, c.event
 	pairs = append(pairs, "request_id", req.ID)
@@ -456,7 +501,9 @@ func (b *backend) report(ctx context.Context, req *logical.Request, c change, er
 		log = b.Logger().Debug
 	}
 	log(text, pairs...)
-
+	if !b.enterprise() {
+		return
+	}
 	data := make(map[string]any, len(pairs)/2)
 	metadata := []string{
 		logical.EventMetadataModified, strconv.FormatBool(err == nil),

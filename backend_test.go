@@ -94,6 +94,14 @@ func (e *env) restart() {
 	}
 }
 
+// crash is restart, but what the process before it still does reaches storage no more.
+func (e *env) crash() {
+	e.t.Helper()
+	e.storage.setFault(func(string, string) error { return errors.New("the process has ended") })
+	e.storage = &testStorage{Storage: e.storage.Storage}
+	e.restartOn(nil, nil)
+}
+
 // configure writes config with the simulator's first admin key, and extra over it.
 func (e *env) configure(extra map[string]any) *logical.Response {
 	e.t.Helper()
@@ -197,6 +205,21 @@ func (e *env) keys(prefix string) []string {
 		e.t.Fatal(err)
 	}
 	return list
+}
+
+// pending returns the write-ahead-log entries but those of credentials that were handed out.
+func (e *env) pending() (ids []string) {
+	e.t.Helper()
+	for _, id := range e.keys(framework.WALPrefix) {
+		entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
+		if err != nil {
+			e.t.Fatal(err)
+		}
+		if entry != nil && entry.Kind != walIssued {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // put stores an entry as it is.
@@ -369,9 +392,6 @@ func TestLife(t *testing.T) {
 	resp := e.creds("web")
 	if got := len(e.sim.Calls()); got != 1 {
 		t.Errorf("calls to OpenAI for a credential: got %d, want 1", got)
-	}
-	if got := e.keys(framework.WALPrefix); len(got) != 0 {
-		t.Errorf("write-ahead-log entries after a credential: got %v, want none", got)
 	}
 	key := resp.Data["api_key"].(string)
 	if !e.sim.Use(key) {
@@ -843,7 +863,6 @@ func TestStorageFaults(t *testing.T) {
 		{logical.ReadOperation, "creds/web", nil, "get", "roles/web", 0, 0},
 		{logical.ReadOperation, "creds/web", nil, "get", "config", 0, 1},
 		{logical.ReadOperation, "creds/web", nil, "put", "wal/", 0, 0},
-		{logical.ReadOperation, "creds/web", nil, "delete", "wal/", 0, 1},
 		{logical.ReadOperation, "metrics", nil, "get", "config", 0, 0},
 	} {
 		t.Run(string(tt.op)+" "+tt.path+" "+tt.verb+" "+tt.key, func(t *testing.T) {
@@ -1585,7 +1604,7 @@ func TestKeyLifePolicy(t *testing.T) {
 		}
 		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": true})
 		e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": 540})
-		if got, wal := e.sim.ServiceAccounts(openaisim.DefaultProject), e.keys(framework.WALPrefix); len(got) != 1 || len(wal) != 0 {
+		if got, wal := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending(); len(got) != 1 || len(wal) != 0 {
 			t.Errorf("got accounts %v and write-ahead log %v, want the existing account only", got, wal)
 		}
 	}
@@ -1710,7 +1729,7 @@ func TestFailedCreds(t *testing.T) {
 				if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != tt.accounts {
 					t.Errorf("accounts at OpenAI: got %d, want %d", got, tt.accounts)
 				}
-				if got := len(e.keys(framework.WALPrefix)); got != tt.pending {
+				if got := len(e.pending()); got != tt.pending {
 					t.Errorf("entries in the write-ahead log: got %d, want %d", got, tt.pending)
 				}
 				if got := e.sent(); tt.calls > 0 && len(got) != tt.calls {
@@ -1953,6 +1972,111 @@ func TestLog(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("log:\n got %q\nwant %q", got, want)
 	}
+}
+
+// recorder takes Vault's observations and events, by type.
+type recorder struct {
+	observations map[string]map[string]any
+	events       map[string]map[string]any
+}
+
+func (r *recorder) RecordObservationFromPlugin(_ context.Context, name string, data map[string]any) error {
+	r.observations[name] = data
+	return nil
+}
+
+func (r *recorder) SendEvent(_ context.Context, name logical.EventType, event *logical.EventData) error {
+	r.events[string(name)] = event.Metadata.AsMap()
+	return nil
+}
+
+// TestReported: Vault Enterprise gets an observation and an event of each change, with ids and
+// without secrets; the community edition, which would drop them, gets none.
+func TestReported(t *testing.T) {
+	for metadata, want := range map[string]bool{"": false, "ent": true, "ent.hsm.fips1403": true, "error": true} {
+		e := newEnv(t)
+		r := &recorder{map[string]map[string]any{}, map[string]map[string]any{}}
+		e.system.PluginEnvironment = &logical.PluginEnvironment{VaultVersionMetadata: metadata}
+		system := logical.SystemView(testSystem{e.system})
+		if metadata == "error" {
+			system = failingSystem{testSystem{e.system}}
+		}
+		err := e.b.Setup(t.Context(), &logical.BackendConfig{
+			Logger: e.b.Logger(), System: system, StorageView: e.storage, ObservationRecorder: r, EventsSender: r,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.configure(nil)
+		e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+		resp := e.creds("web")
+		e.renew(resp.Secret)
+		e.revoke(resp.Secret)
+		e.ok(logical.UpdateOperation, "config/rotate", nil)
+		failed := e.creds("web")
+		e.failing(openaisim.Fault{Status: 401})
+		for _, err := range []error{
+			failure(e.do(logical.ReadOperation, "creds/web", nil)), failure(e.do(logical.UpdateOperation, "config/rotate", nil)),
+			failure(e.lease(logical.RenewOperation, failed.Secret)), failure(e.lease(logical.RevokeOperation, failed.Secret)),
+		} {
+			if err == nil {
+				t.Error("got success from a key that is refused")
+			}
+		}
+		e.ok(logical.DeleteOperation, "roles/web", nil)
+		e.ok(logical.DeleteOperation, "config", nil)
+		if !want {
+			if len(r.observations)+len(r.events) != 0 {
+				t.Errorf("metadata %q: got %v and %v, want no observations and events", metadata, r.observations, r.events)
+			}
+			continue
+		}
+		readme, err := os.ReadFile("README.md")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, data := range r.observations {
+			if !strings.Contains(string(readme), "`"+name+"`") {
+				t.Errorf("README lacks observation %s", name)
+			}
+			for field, value := range data {
+				if _, plain := value.(string); !plain {
+					t.Errorf("%s: %s is %T, want a string", name, field, value)
+				}
+			}
+		}
+		if got := slices.Sorted(maps.Keys(r.observations)); len(got) != 12 {
+			t.Errorf("observations: got %q, want 12", got)
+		}
+		for name, data := range r.events {
+			if !strings.Contains(string(readme), "`"+strings.TrimSuffix(name, "-fail")+"`") {
+				t.Errorf("README lacks event %s", name)
+			}
+			if got := data["modified"] == "true"; got == strings.HasSuffix(name, "-fail") {
+				t.Errorf("%s: got modified %v", name, got)
+			}
+			if name != "openai/"+data["operation"].(string) || data["path"] == "" {
+				t.Errorf("%s: got operation %v and path %v", name, data["operation"], data["path"])
+			}
+		}
+		if got := slices.Sorted(maps.Keys(r.events)); len(got) != 12 {
+			t.Errorf("events: got %q, want 12", got)
+		}
+		if got := r.events["openai/creds-create"]["service_account_id"]; got != failed.Data["service_account_id"] {
+			t.Errorf("the event of a credential: got account %v, want %v", got, failed.Data["service_account_id"])
+		}
+		if got := r.observations["openai/credential/create/fail"]["error"]; !strings.Contains(fmt.Sprint(got), "401") {
+			t.Errorf("the observation of a failure: got error %v, want OpenAI's", got)
+		}
+		e.noSecrets("an observation or an event", fmt.Sprint(r.observations, r.events))
+	}
+}
+
+// failingSystem can't tell what Vault it is.
+type failingSystem struct{ testSystem }
+
+func (failingSystem) PluginEnv(context.Context) (*logical.PluginEnvironment, error) {
+	return nil, errors.New("no answer")
 }
 
 // series reads the metrics in both formats, checks the text's form and that both say the
@@ -2473,7 +2597,7 @@ func (e *env) restartOn(system logical.SystemView, transport http.RoundTripper) 
 		system = e.b.System()
 	}
 	if transport == nil {
-		transport = e.sim.Transport()
+		transport = e.b.transport
 	}
 	e.b = newBackend(transport)
 	err := e.b.Setup(context.Background(), &logical.BackendConfig{
@@ -2578,8 +2702,8 @@ func (e *env) oneKey() {
 // nothingPending fails the test if there are write-ahead-log or clean-up entries.
 func (e *env) nothingPending() {
 	e.t.Helper()
-	if got := append(e.keys(framework.WALPrefix), e.keys(cleanupPrefix)...); len(got) != 0 {
-		e.t.Errorf("write-ahead-log and clean-up entries: got %v, want none", got)
+	if got := append(e.pending(), e.keys(cleanupPrefix)...); len(got) != 0 {
+		e.t.Errorf("write-ahead-log and clean-up entries: got %d, want none", len(got))
 	}
 }
 
@@ -2657,9 +2781,10 @@ type steps struct {
 	each      func() // called before each step
 
 	fault  stepFault
-	at     int // the step that the fault befalls, from 1; 0: none
+	at     int // the step that the fault befalls, from 1
 	cancel context.CancelFunc
-	n      int // steps so far
+	n      int         // steps so far
+	on     atomic.Bool // while the request runs; other steps are not counted
 }
 
 var errStep = errors.New("injected failure")
@@ -2669,9 +2794,12 @@ func (s *steps) step(effect func() error) error {
 	if s.each != nil {
 		s.each()
 	}
+	if !s.on.Load() {
+		return effect()
+	}
 	s.n++
 	switch {
-	case s.at == 0 || s.n < s.at || s.n > s.at && !s.fault.all:
+	case s.n < s.at || s.n > s.at && !s.fault.all:
 		return effect()
 	case s.n > s.at:
 		return errStep
@@ -2739,12 +2867,13 @@ func (s *steps) run(e *env, fault stepFault, at int, op logical.Operation, path 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	s.fault, s.at, s.cancel, s.n = fault, at, cancel, 0
+	s.on.Store(true)
 	resp, err = e.b.HandleRequest(ctx, &logical.Request{Operation: op, Path: path, Storage: e.storage, MountPoint: "openai/"})
-	reached, s.at = s.n >= at, 0
+	s.on.Store(false)
 	if fault.restart {
-		e.restartOn(nil, s)
+		e.crash()
 	}
-	return resp, failure(resp, err), reached
+	return resp, failure(resp, err), s.n >= at
 }
 
 // everyStep runs test in a bubble of its own for each fault at each step, and fails if
@@ -3471,20 +3600,21 @@ func TestCredsFaults(t *testing.T) {
 				if fault.cancel && err == nil && s.n > at {
 					t.Error("a credential was handed out though nobody waited for it any more")
 				}
-				if made := e.sim.ProjectKeys(openaisim.DefaultProject); err != nil && fault.all && len(made) == 1 && len(e.keys(framework.WALPrefix)) == 0 {
-					// All ended after the entry was deleted and before Vault had the answer. No
-					// order of the steps avoids this; the key ends by itself.
-					if lost[fault.name]++; made[0].Expires.IsZero() {
-						t.Error("a credential that was lost on its way to Vault does not end by itself")
-					}
-					return reached
-				}
 				e.tick() // entries are too young
 				want := 0
 				if err == nil {
 					want = 1
 				}
 				e.ticks(4 * time.Minute)
+				if err != nil && fault.all && len(e.sim.ProjectKeys(openaisim.DefaultProject)) == 1 {
+					// All ended when the entry had been replaced and Vault had no answer yet, which
+					// looks as if Vault had ended right after it.
+					have(1, "before the lease's end")
+					if lost[fault.name]++; len(e.keys(framework.WALPrefix)) != 1 {
+						t.Error("nothing remembers a credential that was lost on its way to Vault")
+					}
+					e.ticks(time.Hour)
+				}
 				have(want, "after rollback")
 				if err == nil {
 					if kind.account != "none" && !e.sim.Use(resp.Data["api_key"].(string)) {
@@ -3493,16 +3623,124 @@ func TestCredsFaults(t *testing.T) {
 					e.revoke(resp.Secret)
 					have(0, "after revocation")
 				}
+				e.ticks(time.Hour)
 				e.nothingPending()
+				if got := e.keys(framework.WALPrefix); len(got) != 0 {
+					t.Errorf("write-ahead-log entries an hour later: got %d, want none", len(got))
+				}
 				return reached
 			})
 			for fault, n := range lost {
 				if n > 1 {
-					t.Errorf("%s: steps that lose a credential: got %d, want only the last", fault, n)
+					t.Errorf("%s: steps that lose a credential on its way: got %d, want only the last", fault, n)
 				}
 			}
 		})
 	}
+}
+
+// TestIssued is about a process, or all of Vault, that ends right after a credential was
+// handed out: whether Vault has its lease is not known, and both must end well.
+func TestIssued(t *testing.T) {
+	for name, crash := range map[string]func(e *env){
+		"crash": (*env).crash,
+		"entry not deleted": func(e *env) {
+			e.storage.setFault(func(verb, key string) error {
+				if verb == "delete" {
+					return errors.New("storage fault")
+				}
+				return nil
+			})
+			time.Sleep(settleTime + time.Second)
+			e.storage.setFault(nil)
+		},
+	} {
+		for _, account := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, account), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := newConfiguredEnv(t)
+					there := 0
+					if account {
+						there = 1
+						e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
+					}
+					renewed, expired, lost := e.creds("web"), e.creds("web"), e.creds("web")
+					crash(e)
+					e.sim.ResetCalls()
+					e.ticks(59 * time.Minute)
+					if calls := e.sim.Calls(); len(calls) != 0 {
+						t.Errorf("calls to OpenAI while the leases may be in use: got %v, want none", calls)
+					}
+					if got := e.keys(framework.WALPrefix); len(got) != 3 {
+						t.Errorf("write-ahead-log entries: got %d, want 3", len(got))
+					}
+					e.storage.setFault(func(verb, key string) error {
+						if verb == "delete" {
+							return errors.New("storage fault")
+						}
+						return nil
+					})
+					if err := failure(e.lease(logical.RenewOperation, renewed.Secret)); err == nil {
+						t.Error("renewal whose entry stays: got success, want an error")
+					}
+					e.storage.setFault(nil)
+					resp, err := e.lease(logical.RenewOperation, renewed.Secret)
+					if failure(resp, err) != nil {
+						t.Fatal(err)
+					}
+					renewed.Secret.InternalData = resp.Secret.InternalData
+					count := e.storageCalls()
+					e.renew(renewed.Secret)
+					if len(count) != 1 || count["get"] != 1 {
+						t.Errorf("storage operations of a second renewal: got %v, want one get", count)
+					}
+					e.storage.setFault(nil)
+					time.Sleep(10 * time.Minute)
+					e.revoke(expired.Secret)
+					e.ticks(30 * time.Minute)
+					if got := e.sim.ProjectKeys(openaisim.DefaultProject); len(got) != 1 || got[0].ID != renewed.Data["api_key_id"] {
+						t.Errorf("keys after the leases' end: got %d, want the renewed one only", len(got))
+					}
+					if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != 1 {
+						t.Errorf("accounts: got %d, want 1", got)
+					}
+					if !e.sim.Use(renewed.Data["api_key"].(string)) {
+						t.Error("the renewed key is not accepted")
+					}
+					if e.sim.Use(lost.Data["api_key"].(string)) {
+						t.Error("the key without a lease is accepted")
+					}
+					e.revoke(renewed.Secret)
+					if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != there {
+						t.Errorf("accounts in the end: got %d, want %d", got, there)
+					}
+					if got := append(e.keys(framework.WALPrefix), e.keys(cleanupPrefix)...); len(got) != 0 {
+						t.Errorf("write-ahead-log and clean-up entries: got %d, want none", len(got))
+					}
+					if got := e.logged("ERROR", ""); got != 0 {
+						t.Errorf("errors in the log: got %d, want none", got)
+					}
+				})
+			})
+		}
+	}
+}
+
+// TestIssuedSettles: a process that lives on deletes the entry of what it handed out.
+func TestIssuedSettles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.creds("web")
+		time.Sleep(settleTime - time.Second)
+		if got := e.keys(framework.WALPrefix); len(got) != 1 {
+			t.Errorf("write-ahead-log entries before: got %d, want 1", len(got))
+		}
+		time.Sleep(2 * time.Second)
+		if got := e.keys(framework.WALPrefix); len(got) != 0 {
+			t.Errorf("write-ahead-log entries after: got %d, want none", len(got))
+		}
+		e.accounts(1)
+	})
 }
 
 // lostAnswer reads a credential whose creation at OpenAI is answered 500 after it was
@@ -3589,13 +3827,13 @@ func (e *env) storageCalls() map[string]int {
 	return count
 }
 
-// TestStorageCost: a credential costs one entry, written and deleted; its end costs nothing.
+// TestStorageCost: a credential costs one entry, written twice; its end costs nothing.
 func TestStorageCost(t *testing.T) {
 	e := newConfiguredEnv(t)
 	count := e.storageCalls()
 	resp := e.creds("web")
-	if count["put"] != 1 || count["delete"] != 1 || count["list"] != 0 || count["get"] > 2 {
-		t.Errorf("storage operations of a credential: got %v, want one put, one delete, at most two gets", count)
+	if count["put"] != 2 || count["delete"] != 0 || count["list"] != 0 || count["get"] > 2 {
+		t.Errorf("storage operations of a credential: got %v, want two puts, at most two gets", count)
 	}
 	count = e.storageCalls()
 	e.revoke(resp.Secret)

@@ -15,7 +15,8 @@
 //	roles/<name>    a role (type role)
 //	cleanup/<id>    a credential whose revocation failed (type cleanup)
 //	wal/<uuid>      what may have to be undone: an account or an admin key whose
-//	                creation is not yet known to have ended well; holds no secret
+//	                creation is not yet known to have ended well, or a credential
+//	                whose lease Vault may not have stored; holds no secret
 package main
 
 import (

@@ -814,6 +814,7 @@ type lease struct {
 	Role             string `json:"role,omitempty"`
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation leaves the account
+	WALID            string `json:"wal_id,omitempty"`      // of its issuedCredential; empty: renewed since
 }
 
 // leaseOf reads what a lease holds.
@@ -846,8 +847,8 @@ func secretAPIKey(b *backend) *framework.Secret {
 }
 
 // credsRead makes a key. The write-ahead-log entry comes first, since a create whose
-// answer is lost can only be found again by name; it is deleted last, and without that
-// nothing is handed out.
+// answer is lost can only be found again by name. It is replaced last by one that spares the
+// key until its lease's end, and without that nothing is handed out.
 func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (resp *logical.Response, err error) {
 	roleName := d.Get("name").(string)
 	r, err := getRole(ctx, req.Storage, roleName)
@@ -895,18 +896,17 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		}
 		return answerError("creating "+g.step, err)
 	}
-	l.APIKeyID, l.ServiceAccountID = g.key.ID, g.account.ID
+	l.APIKeyID, l.ServiceAccountID, l.WALID = g.key.ID, g.account.ID, walID
 	l.KeyExpires, l.KeyOnly = expiresIn > 0, r.ServiceAccountID != ""
-	// Past this point the key exists; rollback deletes it unless the entry is gone.
+	// Past this point the key exists; rollback deletes it unless the entry changes.
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("creating %s: nobody waits for it any more: %w", g.step, ctx.Err())
 	}
-	if err := framework.DeleteWAL(ctx, req.Storage, walID); err != nil {
-		// Whether the entry is gone is not known, so that rollback can't be relied on; and
-		// what has failed may be ctx.
+	if err := b.issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)); err != nil {
+		// Which of the entries is stored is not known, and what has failed may be ctx.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attemptTimeout)
 		defer cancel()
-		return nil, errors.Join(fmt.Errorf("deleting write-ahead-log entry: %w", err), b.deleteCredential(ctx, req.Storage, l))
+		return nil, errors.Join(fmt.Errorf("write-ahead log: %w", err), b.deleteCredential(ctx, req.Storage, l))
 	}
 
 	internal := map[string]any{}
@@ -1032,6 +1032,13 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 	}
 	if r == nil {
 		return logical.ErrorResponse("role %q of this lease does not exist any more", l.Role), nil
+	}
+	if l.WALID != "" {
+		// Now that the lease is known to exist, its end moves.
+		if err := framework.DeleteWAL(ctx, req.Storage, l.WALID); err != nil {
+			return nil, fmt.Errorf("deleting write-ahead-log entry: %w", err)
+		}
+		delete(req.Secret.InternalData, "wal_id")
 	}
 	if l.KeyExpires {
 		// What Vault will make of the lease when it gets our answer.
