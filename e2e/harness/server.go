@@ -222,12 +222,27 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 // Unseal unseals the server, one that is still joining a cluster too, and waits until it
-// serves requests.
+// serves requests. A node refuses its key until it has heard of the leader, and unseals some
+// time after it has taken it. It must not be given it again meanwhile: it would unseal twice,
+// and of the two standby routines it then has one would not hear of a step-down.
 func (s *Server) Unseal(ctx context.Context) error {
 	err := Until(ctx, time.Minute, func() error {
 		status, answer, err := s.API(ctx, "PUT", "sys/unseal", map[string]any{"key": s.Key})
+		if err != nil {
+			return stop{fmt.Errorf("unsealing: %w", err)} // the key may have been taken
+		}
+		if status != http.StatusOK {
+			return fmt.Errorf("unsealing: %d %v", status, answer["errors"])
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	err = Until(ctx, time.Minute, func() error {
+		status, answer, err := s.API(ctx, "GET", "sys/seal-status", nil)
 		if err == nil && answer["sealed"] != false {
-			err = fmt.Errorf("unsealing: %d %v", status, answer["errors"])
+			err = fmt.Errorf("the server is sealed: %d %v", status, answer["errors"])
 		}
 		return err
 	})
