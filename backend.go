@@ -66,7 +66,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 }
 
 func newBackend(transport http.RoundTripper) *backend {
-	b := &backend{transport: transport, throttle: newThrottle(), metrics: &metrics{}}
+	b := &backend{transport: transport, throttle: newThrottle(), metrics: newMetrics()}
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
 		return err != nil || strings.HasPrefix(env.GetVaultVersionMetadata(), "ent")
@@ -587,6 +587,24 @@ type metrics struct {
 	cleanups atomic.Int64 // entries below cleanupPrefix
 }
 
+// newMetrics returns metrics whose bounded series are there from the start, at 0, so that
+// Prometheus sees the first event too.
+func newMetrics() *metrics {
+	m := &metrics{}
+	m.add(metricHandedOver, 0)
+	m.add(metricRateLimitWait, 0)
+	for _, result := range []string{"success", "failure"} {
+		m.add(metricSweeps, 0, "result", result)
+		for _, kind := range []string{walCredential, walIssued, walAdminKey} {
+			m.add(metricRollbacks, 0, "kind", kind, "result", result)
+		}
+		for _, trigger := range []string{"manual", managerPlugin, managerVault} {
+			m.add(metricRotations, 0, "trigger", trigger, "result", result)
+		}
+	}
+	return m
+}
+
 // add counts n more, nanoseconds where the unit is seconds. labels are names and values.
 func (m *metrics) add(name string, n int64, labels ...string) {
 	value, ok := m.series.Load([2]string{name, labelText(labels)})
@@ -631,8 +649,6 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (map[string]map
 		}
 		all[name][labels] = value
 	}
-	set(metricHandedOver, "", 0)
-	set(metricRateLimitWait, "", 0)
 	b.metrics.series.Range(func(k, v any) bool {
 		key, value := k.([2]string), float64(v.(*atomic.Int64).Load())
 		if key[0] == metricRateLimitWait || key[0] == metricDuration+"_sum" {

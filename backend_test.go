@@ -2208,6 +2208,12 @@ func TestMetricsCount(t *testing.T) {
 			`admin_keys_pending_deletion`:                                                 0,
 			`build_info{version="",goversion="` + runtime.Version() + `"}`:                1,
 		}
+		for _, labels := range []string{
+			`cleanups_total{`, `rollbacks_total{kind="credential",`, `rollbacks_total{kind="issued_credential",`, `rollbacks_total{kind="admin_api_key",`,
+			`rotations_total{trigger="manual",`, `rotations_total{trigger="plugin",`, `rotations_total{trigger="vault",`,
+		} {
+			want[labels+`result="success"}`], want[labels+`result="failure"}`] = 0, 0
+		}
 		for operation, calls := range map[string]float64{"get_admin_api_key": 1, "get_project": 1, "create_service_account": 4, "delete_service_account": 2} {
 			label := `{operation="` + operation + `"`
 			want["api_request_duration_seconds_count"+label+"}"] = calls
@@ -4183,6 +4189,28 @@ func TestRateLimitDeadline(t *testing.T) {
 	}
 }
 
+// TestWaitingSaysWhy: a call that is never sent says what it waited for.
+func TestWaitingSaysWhy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		wait := func(want string) {
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			_, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q in it", err, want)
+			}
+		}
+		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Status: 429, Header: http.Header{"Retry-After": {"30"}}})
+		wait("429")
+		wait("waiting for OpenAI's rate limit")
+		for range maxCalls {
+			e.b.throttle.slots <- struct{}{}
+		}
+		wait("waiting for other calls to OpenAI")
+	})
+}
+
 // TestConcurrency is for the race detector: all that a mount can be asked at once.
 func TestConcurrency(t *testing.T) {
 	e := newConfiguredEnv(t)
@@ -4260,6 +4288,30 @@ func TestPeriodicBound(t *testing.T) {
 		e.ticks(2 * time.Minute)
 		e.accounts(0)
 		e.nothingPending()
+	})
+}
+
+// TestPeriodicShares: an admin key whose deletion hangs does not keep credentials from being
+// cleaned up.
+func TestPeriodicShares(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		resp := e.creds("web")
+		e.failing(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusForbidden})
+		e.ok(logical.UpdateOperation, "config/rotate", nil)
+		if err := failure(e.lease(logical.RevokeOperation, resp.Secret)); err == nil {
+			t.Error("revocation: got success, want an error")
+		}
+		e.sim.ClearFaults()
+		e.failing(openaisim.Fault{Method: http.MethodDelete, Path: "/admin_api_keys/", Kind: "hang"})
+		e.tick()
+		e.accounts(0)
+		if got := e.config().PendingDeletion; len(got) != 1 {
+			t.Errorf("admin keys pending deletion: got %d, want 1", len(got))
+		}
+		e.sim.ClearFaults()
+		e.tick()
+		e.oneKey()
 	})
 }
 

@@ -290,11 +290,11 @@ type call struct {
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are
 // *apiError and *transportError.
 func (c *client) do(ctx context.Context, op call) error {
-	waiting := func(err error) error {
-		return &transportError{text: "waiting to call OpenAI: " + err.Error(), err: err}
+	waiting := func(what string, err error) error {
+		return &transportError{text: "waiting for " + what + ": " + err.Error(), err: err}
 	}
 	if err := c.throttle.acquire(ctx); err != nil {
-		return waiting(err)
+		return waiting("other calls to OpenAI", err)
 	}
 	defer c.throttle.release()
 	var last error
@@ -302,7 +302,7 @@ func (c *client) do(ctx context.Context, op call) error {
 	for attempt := 1; ; attempt++ {
 		start := time.Now()
 		if err := c.throttle.turn(ctx); err != nil {
-			return cmp.Or(last, waiting(err))
+			return cmp.Or(last, waiting("OpenAI's rate limit", err))
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
 			c.metrics.add(metricRateLimitWait, int64(waited))

@@ -388,7 +388,9 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 		return
 	}
 	if len(cfg.PendingDeletion) > 0 {
-		b.deletePending(ctx, req.Storage, cfg, b.newClient(cfg))
+		deleteCtx, cancel := context.WithTimeout(ctx, periodicTimeout/2) // leaves time for the rest
+		b.deletePending(deleteCtx, req.Storage, cfg, b.newClient(cfg))
+		cancel()
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
 		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
