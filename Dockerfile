@@ -1,10 +1,12 @@
 # The plugin as one of Vault's containerized plugins. It builds from nothing but its
 # context, which "make docker" fills: no registry, so an air-gapped site can build it.
 FROM scratch
-# Where Go looks for the authorities that vouch for OpenAI. Files come first: after any
-# other step Docker's older builder takes the image for one of its own architecture.
-COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
+# Files come first: after any other step Docker's older builder takes the image for one of
+# its own architecture. The plugin is first of all: what is the same for two architectures
+# that builder would take from its cache for the wrong one, and fail.
 COPY vault-plugin-secrets-openai /vault-plugin-secrets-openai
+# Where Go looks for the authorities that vouch for OpenAI.
+COPY ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 ARG VERSION=""
 LABEL org.opencontainers.image.title="vault-plugin-secrets-openai" \
       org.opencontainers.image.description="HashiCorp Vault secrets engine for OpenAI" \

@@ -6,21 +6,27 @@
 package release
 
 import (
+	"archive/tar"
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,6 +38,9 @@ import (
 // vaultID is the user and group of the Vault server: like a packaged one it is not root,
 // and containers share its group, which Docker's socket belongs to as well.
 const vaultID = 65533
+
+// otherArch is what images are made for beside this machine's own.
+var otherArch = map[string]string{"amd64": "arm64", "arm64": "amd64"}[runtime.GOARCH]
 
 // TestContainer runs the plugin in containers of a Docker engine of its own: in network,
 // mount and process namespaces that end with the test, so that nothing of the engine is
@@ -62,6 +71,7 @@ func TestContainer(t *testing.T) {
 	for _, version := range []string{"v0.1.0", "v0.2.0"} {
 		run(t, script(t, root, []string{"VERSION=" + version}, "scripts/build", filepath.Join(dir, version)))
 	}
+	run(t, script(t, root, []string{"VERSION=v0.1.0", "GOARCH=" + otherArch}, "scripts/build", filepath.Join(dir, otherArch)))
 
 	cmd := isolated(t.Context(), syscall.CLONE_NEWNS|syscall.CLONE_NEWPID, "-test.run=^TestContainer$", "-test.v", "-test.timeout=15m")
 	cmd.Env = append(cmd.Env, innerEnv+"="+dir, "DOCKER_CONFIG="+filepath.Join(dir, "none"), "GOPROXY=off")
@@ -93,12 +103,16 @@ func testContainer(t *testing.T, dir string) {
 		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
 	})
 
+	build := func(version, arch, binary string) string {
+		run(t, script(t, root, []string{"DOCKER_HOST=" + string(e), "CA_BUNDLE=" + bundle, "GOARCH=" + arch}, "scripts/docker", version))
+		image := harness.PluginName + ":" + strings.TrimPrefix(version, "v")
+		checkImage(t, e, image, arch, version, fileSum(t, filepath.Join(dir, binary)))
+		return strings.TrimPrefix(e.docker(t, "image", "inspect", "--format", "{{.Id}}", image), "sha256:")
+	}
+	build("v0.1.0", otherArch, otherArch) // the next one takes its tag
 	images := map[string]string{}
 	for _, version := range []string{"v0.1.0", "v0.2.0"} {
-		run(t, script(t, root, []string{"DOCKER_HOST=" + string(e), "CA_BUNDLE=" + bundle}, "scripts/docker", version))
-		image := harness.PluginName + ":" + strings.TrimPrefix(version, "v")
-		images[version] = strings.TrimPrefix(e.docker(t, "image", "inspect", "--format", "{{.Id}}", image), "sha256:")
-		checkImage(t, e, image, version, fileSum(t, filepath.Join(dir, version)))
+		images[version] = build(version, runtime.GOARCH, version)
 	}
 
 	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", images, o) })
@@ -246,45 +260,91 @@ func bridgeAddress(t *testing.T) string {
 	return addresses[0].(*net.IPNet).IP.String()
 }
 
-// checkImage checks what is in an image: two files, one of them the plugin as it is
-// released, a user that is not root, and labels.
-func checkImage(t *testing.T, e engine, image, version, sum string) {
+// checkImage checks all that is in an image: two files, one of them the plugin as it is
+// released, with no shell beside it, and a user that is a number and not root's.
+func checkImage(t *testing.T, e engine, image, arch, version, sum string) {
 	t.Helper()
-	var config struct {
-		User       string
-		Entrypoint []string
-		Cmd        []string
-		Labels     map[string]string
-	}
-	if err := json.Unmarshal([]byte(e.docker(t, "image", "inspect", "--format", "{{json .Config}}", image)), &config); err != nil {
-		t.Fatal(err)
-	}
-	if config.User != "65532:65532" || len(config.Entrypoint) != 1 || config.Cmd != nil {
-		t.Errorf("image: got user %q, entry point %q and command %q", config.User, config.Entrypoint, config.Cmd)
-	}
-	if got := config.Labels["org.opencontainers.image.version"]; got != version {
-		t.Errorf("image: got version %q, want %q", got, version)
-	}
-	container := e.docker(t, "create", image)
-	defer e.docker(t, "rm", container)
-	dir := t.TempDir()
-	e.docker(t, "cp", container+":/", dir)
-	var files []string
-	err := filepath.WalkDir(dir, func(path string, entry os.DirEntry, err error) error {
-		// The engine itself puts empty mount points for /dev, /etc/hosts and the like.
-		if info, infoErr := entry.Info(); err == nil && infoErr == nil && info.Mode().IsRegular() && info.Size() > 0 {
-			files = append(files, strings.TrimPrefix(path, dir))
-		}
-		return err
-	})
+	file := filepath.Join(t.TempDir(), "image.tar")
+	e.docker(t, "save", "-o", file, image)
+	text, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, want := fmt.Sprint(files), "[/etc/ssl/certs/ca-certificates.crt /"+harness.PluginName+"]"; got != want {
-		t.Errorf("image: got files %s, want %s", got, want)
+	saved, _ := untar(t, text)
+	var manifests []struct {
+		Config string
+		Layers []string
 	}
-	if got := fileSum(t, filepath.Join(dir, harness.PluginName)); got != sum {
-		t.Errorf("the plugin in the image: got %s, want %s as it is released", got, sum)
+	if err := json.Unmarshal(saved["manifest.json"], &manifests); err != nil || len(manifests) != 1 {
+		t.Fatalf("image: manifest.json: got %v, %d images, want one", err, len(manifests))
+	}
+
+	var layers []string
+	for _, layer := range manifests[0].Layers {
+		files, list := untar(t, saved[layer])
+		layers = append(layers, list...)
+		if plugin, ok := files[harness.PluginName]; ok {
+			if got := fmt.Sprintf("%x", sha256.Sum256(plugin)); got != sum {
+				t.Errorf("the plugin in the image: got %s, want %s as it is released", got, sum)
+			}
+		}
+	}
+	slices.Sort(layers)
+	want := []string{"-rw-r--r-- 0:0 etc/ssl/certs/ca-certificates.crt", "-rwxr-xr-x 0:0 " + harness.PluginName,
+		"drwxr-xr-x 0:0 etc", "drwxr-xr-x 0:0 etc/ssl", "drwxr-xr-x 0:0 etc/ssl/certs"}
+	if !slices.Equal(layers, want) {
+		t.Errorf("image: got the files\n%s\nwant\n%s", strings.Join(layers, "\n"), strings.Join(want, "\n"))
+	}
+
+	var got struct {
+		Architecture, OS string
+		Config           struct {
+			User            string
+			Entrypoint, Cmd []string
+			Labels          map[string]string
+		}
+	}
+	if err := json.Unmarshal(saved[manifests[0].Config], &got); err != nil {
+		t.Fatal(err)
+	}
+	if got.OS != "linux" || got.Architecture != arch {
+		t.Errorf("image: got %s/%s, want linux/%s", got.OS, got.Architecture, arch)
+	}
+	config := got.Config
+	if config.User != "65532:65532" || !slices.Equal(config.Entrypoint, []string{"/" + harness.PluginName}) || config.Cmd != nil {
+		t.Errorf("image: got user %q, entry point %q and command %q", config.User, config.Entrypoint, config.Cmd)
+	}
+	labels := map[string]string{"title": harness.PluginName, "description": "HashiCorp Vault secrets engine for OpenAI",
+		"licenses": "MPL-2.0", "version": version}
+	for key, want := range labels {
+		if got := config.Labels["org.opencontainers.image."+key]; got != want {
+			t.Errorf("image: label %s: got %q, want %q", key, got, want)
+		}
+	}
+	if got, want := len(config.Labels), len(labels); got != want {
+		t.Errorf("image: got %d labels, want %d: %v", got, want, config.Labels)
+	}
+}
+
+// untar returns the files of a tar archive by name, and a line with mode, owner and name
+// for each of its entries.
+func untar(t *testing.T, archive []byte) (files map[string][]byte, list []string) {
+	t.Helper()
+	files = map[string][]byte{}
+	for r := tar.NewReader(bytes.NewReader(archive)); ; {
+		header, err := r.Next()
+		if err == io.EOF {
+			return files, list
+		}
+		name := ""
+		if err == nil {
+			name = strings.TrimSuffix(header.Name, "/")
+			files[name], err = io.ReadAll(r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, fmt.Sprintf("%v %d:%d %s", header.FileInfo().Mode(), header.Uid, header.Gid, name))
 	}
 }
 
