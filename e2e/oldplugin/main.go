@@ -5,8 +5,8 @@
 
 // Oldplugin leaves in a mount what versions 0.0.8 to 0.1.0 of the older plugin left there:
 // its config and roles in their exact JSON form, and leases with its secret type and
-// internal data. Tests upgrade it in place. It also has leases that stand for nothing, to
-// measure what Vault itself can do.
+// internal data. Tests upgrade it in place. It also has leases that stand for nothing, given
+// at once or after a wait, to measure what Vault itself can do.
 package main
 
 import (
@@ -83,11 +83,16 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 				return readCreds(ctx, req.Storage, d.Get("name").(string), secret)
 			}, "name"),
 		path("nothing", logical.ReadOperation,
-			func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+			func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+				wait, err := time.ParseDuration(d.Get("wait").(string))
+				if err != nil {
+					return logical.ErrorResponse("wait: %s", err), nil
+				}
+				time.Sleep(wait)
 				resp := secret.Response(map[string]any{"api_key": "none"}, nil)
 				resp.Secret.TTL = time.Hour
 				return resp, nil
-			}),
+			}, "wait"),
 	}
 	return b, b.Setup(ctx, conf)
 }
