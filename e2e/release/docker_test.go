@@ -17,6 +17,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"math/big"
@@ -42,15 +43,32 @@ const vaultID = 65533
 // otherArch is what images are made for beside this machine's own.
 var otherArch = map[string]string{"amd64": "arm64", "arm64": "amd64"}[runtime.GOARCH]
 
-// TestContainer runs the plugin in containers of a Docker engine of its own: in network,
-// mount and process namespaces that end with the test, so that nothing of the engine is
-// left, and nothing of the machine's network is seen or changed.
+// containerUser is the user of an image, and the one that its processes have outside.
+type containerUser struct {
+	image string // as in the Dockerfile
+	uid   int
+}
+
+// TestContainer runs the plugin in containers of a Docker engine of its own.
 func TestContainer(t *testing.T) {
+	inNamespaces(t, testContainer, "dockerd", "docker", "runc", "setpriv")
+}
+
+// TestRootlessContainer does so with an engine that runs as the user who runs Vault.
+func TestRootlessContainer(t *testing.T) {
+	inNamespaces(t, testRootlessContainer, "dockerd", "docker", "runc", "setpriv", "rootlesskit", "slirp4netns", "newuidmap",
+		"iptables", rootlessScript)
+}
+
+// inNamespaces runs a test in network, mount and process namespaces that end with it, so
+// that nothing of an engine is left, and nothing of the machine's network is seen or
+// changed. The test gets a folder with the vault executable and the plugin's two versions.
+func inNamespaces(t *testing.T, test func(t *testing.T, dir string), needs ...string) {
 	if dir := os.Getenv(innerEnv); dir != "" {
-		testContainer(t, dir)
+		test(t, dir)
 		return
 	}
-	for _, need := range []string{"dockerd", "docker", "runc", "setpriv"} {
+	for _, need := range needs {
 		if _, err := exec.LookPath(need); err != nil {
 			t.Skipf("SKIPPED: %v: the plugin in a container is NOT tested", err)
 		}
@@ -73,7 +91,7 @@ func TestContainer(t *testing.T) {
 	}
 	run(t, script(t, root, []string{"VERSION=v0.1.0", "GOARCH=" + otherArch}, "scripts/build", filepath.Join(dir, otherArch)))
 
-	cmd := isolated(t.Context(), syscall.CLONE_NEWNS|syscall.CLONE_NEWPID, "-test.run=^TestContainer$", "-test.v", "-test.timeout=15m")
+	cmd := isolated(t.Context(), syscall.CLONE_NEWNS|syscall.CLONE_NEWPID, "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=15m")
 	cmd.Env = append(cmd.Env, innerEnv+"="+dir, "DOCKER_CONFIG="+filepath.Join(dir, "none"), "GOPROXY=off")
 	output := run(t, cmd)
 	if strings.Contains(output, "--- SKIP") {
@@ -81,41 +99,17 @@ func TestContainer(t *testing.T) {
 	}
 }
 
-// testContainer is the test proper, inside the namespaces; dir has the vault executable
-// and the plugin's two versions.
+// testContainer is TestContainer proper, inside the namespaces.
 func testContainer(t *testing.T, dir string) {
 	e := startDocker(t, dir)
-
-	// OpenAI stands on the address that containers have of this machine. The images trust
-	// its authority instead of the public ones, as a site behind a proxy would have it.
+	// OpenAI stands on the address that containers have of this machine.
 	address := bridgeAddress(t)
-	certificate, authority := selfSigned(t, address)
-	bundle := filepath.Join(dir, "authority.pem")
-	if err := os.WriteFile(bundle, authority, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	o := startOpenAI(t, func(s *httptest.Server) {
-		s.Listener.Close()
-		var err error
-		if s.Listener, err = net.Listen("tcp", net.JoinHostPort(address, "0")); err != nil {
-			t.Fatal(err)
-		}
-		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
-	})
+	o, bundle := startTLSOpenAI(t, dir, address, address)
+	user := containerUser{"65532:65532", 65532}
+	buildImage(t, e, dir, bundle, user, "v0.1.0", otherArch) // the next one takes its tag
+	images := buildImages(t, e, dir, bundle, user)
 
-	build := func(version, arch, binary string) string {
-		run(t, script(t, root, []string{"DOCKER_HOST=" + string(e), "CA_BUNDLE=" + bundle, "GOARCH=" + arch}, "scripts/docker", version))
-		image := harness.PluginName + ":" + strings.TrimPrefix(version, "v")
-		checkImage(t, e, image, arch, version, fileSum(t, filepath.Join(dir, binary)))
-		return strings.TrimPrefix(e.docker(t, "image", "inspect", "--format", "{{.Id}}", image), "sha256:")
-	}
-	build("v0.1.0", otherArch, otherArch) // the next one takes its tag
-	images := map[string]string{}
-	for _, version := range []string{"v0.1.0", "v0.2.0"} {
-		images[version] = build(version, runtime.GOARCH, version)
-	}
-
-	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", images, o) })
+	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", user, images, o) })
 	t.Run("runsc", func(t *testing.T) {
 		// Alone, the plugin says what it is. A runsc that is too old for this kernel can't
 		// even do that, which is no fault of the plugin's.
@@ -123,12 +117,67 @@ func testContainer(t *testing.T, dir string) {
 		if !strings.Contains(string(out), "This binary is a plugin") {
 			t.Skipf("SKIPPED: gVisor's runsc does not work here: the plugin in gVisor is NOT tested: %s", out)
 		}
-		testRuntime(t, e, dir, "runsc", images, o)
+		testRuntime(t, e, dir, "runsc", user, images, o)
 	})
 }
 
+// testRootlessContainer is TestRootlessContainer proper, inside the namespaces.
+func testRootlessContainer(t *testing.T, dir string) {
+	e := startRootlessDocker(t, dir)
+	// Its containers reach this machine's loopback at slirp4netns' address for it.
+	o, bundle := startTLSOpenAI(t, dir, "127.0.0.1", "10.0.2.2")
+	user := containerUser{"0:0", vaultID}
+	testRuntime(t, e, dir, "runc", user, buildImages(t, e, dir, bundle, user), o)
+}
+
+// startTLSOpenAI runs a simulated OpenAI on an address that containers reach as another. It
+// returns it, and the file of authorities to trust: images have that in the place of the
+// public ones, as a site behind a proxy would have it.
+func startTLSOpenAI(t *testing.T, dir, address, reached string) (o *openAI, bundle string) {
+	t.Helper()
+	certificate, authority := selfSigned(t, reached)
+	bundle = filepath.Join(dir, "authority.pem")
+	if err := os.WriteFile(bundle, authority, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o = startOpenAI(t, func(s *httptest.Server) {
+		s.Listener.Close()
+		var err error
+		if s.Listener, err = net.Listen("tcp", net.JoinHostPort(address, "0")); err != nil {
+			t.Fatal(err)
+		}
+		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+	})
+	o.url = strings.Replace(o.url, address, reached, 1)
+	return o, bundle
+}
+
+// buildImages builds both versions for this machine; it returns their ids by version.
+func buildImages(t *testing.T, e engine, dir, bundle string, user containerUser) map[string]string {
+	t.Helper()
+	images := map[string]string{}
+	for _, version := range []string{"v0.1.0", "v0.2.0"} {
+		images[version] = buildImage(t, e, dir, bundle, user, version, runtime.GOARCH)
+	}
+	return images
+}
+
+// buildImage builds and checks an image; it returns its id.
+func buildImage(t *testing.T, e engine, dir, bundle string, user containerUser, version, arch string) string {
+	t.Helper()
+	run(t, script(t, root, []string{"DOCKER_HOST=" + string(e), "CA_BUNDLE=" + bundle, "CONTAINER_USER=" + user.image, "GOARCH=" + arch},
+		"scripts/docker", version))
+	image := harness.PluginName + ":" + strings.TrimPrefix(version, "v")
+	binary := version
+	if arch != runtime.GOARCH {
+		binary = arch
+	}
+	checkImage(t, e, image, arch, user.image, version, fileSum(t, filepath.Join(dir, binary)))
+	return strings.TrimPrefix(e.docker(t, "image", "inspect", "--format", "{{.Id}}", image), "sha256:")
+}
+
 // testRuntime takes a credential's whole way through containers of one OCI runtime.
-func testRuntime(t *testing.T, e engine, dir, oci string, images map[string]string, o *openAI) {
+func testRuntime(t *testing.T, e engine, dir, oci string, user containerUser, images map[string]string, o *openAI) {
 	// The server's own files are root's until it is started.
 	wrapper := filepath.Join(dir, "vault-"+oci)
 	text := fmt.Sprintf("#!/bin/sh\nchown -R %[1]d:%[1]d \"${HOME%%/*}\"\nDOCKER_HOST=%[2]s exec setpriv --reuid %[1]d --regid %[1]d --clear-groups %[3]s \"$@\"\n",
@@ -155,7 +204,7 @@ func testRuntime(t *testing.T, e engine, dir, oci string, images map[string]stri
 	a := v.issue()
 	o.wantAccounts(t, a)
 	container := e.docker(t, "ps", "-q", "--no-trunc", "--filter", "label=com.hashicorp.vault.plugin.version=v0.1.0")
-	checkContainer(t, e, container, oci, images["v0.1.0"])
+	checkContainer(t, e, container, oci, user, images["v0.1.0"])
 
 	// The next call after the container's end starts another one.
 	e.docker(t, "kill", container)
@@ -197,7 +246,6 @@ func (e engine) docker(t *testing.T, args ...string) string {
 // startDocker starts an engine that ends with the namespaces.
 func startDocker(t *testing.T, dir string) engine {
 	t.Helper()
-	host := "unix://" + filepath.Join(dir, "docker.sock")
 	settings := filepath.Join(dir, "daemon.json") // not the machine's own
 	text := "{}"
 	if runsc, err := exec.LookPath("runsc"); err == nil {
@@ -207,14 +255,66 @@ func startDocker(t *testing.T, dir string) engine {
 	if err := os.WriteFile(settings, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	host := "unix://" + filepath.Join(dir, "docker.sock")
+	return startEngine(t, dir, host, exec.Command("dockerd", "--host="+host, "--group="+fmt.Sprint(vaultID), "--config-file="+settings,
+		"--data-root="+filepath.Join(dir, "data"), "--exec-root="+filepath.Join(dir, "exec"), "--pidfile="+filepath.Join(dir, "pid"),
+		"--iptables=false", "--ip6tables=false", "--log-level=warn"))
+}
+
+// rootlessScript is Debian's way to start an engine without root.
+const rootlessScript = "/usr/share/docker.io/contrib/dockerd-rootless.sh"
+
+// startRootlessDocker starts an engine as the user vaultID. What such a user needs of the
+// machine, an entry among its users and subordinate ids, it has in these namespaces only.
+func startRootlessDocker(t *testing.T, dir string) engine {
+	t.Helper()
+	home, runtimeDir := filepath.Join(dir, "home"), filepath.Join(dir, "run")
+	for file, line := range map[string]string{
+		"/etc/passwd": fmt.Sprintf("vault-e2e:x:%[1]d:%[1]d::%[2]s:/bin/sh", vaultID, home),
+		"/etc/group":  fmt.Sprintf("vault-e2e:x:%d:", vaultID),
+		"/etc/subuid": "vault-e2e:1000000:65536",
+		"/etc/subgid": "vault-e2e:1000000:65536",
+	} {
+		text, err := os.ReadFile(file)
+		own := filepath.Join(dir, filepath.Base(file))
+		if err == nil {
+			err = os.WriteFile(own, append(text, line+"\n"...), 0o644)
+		}
+		if err == nil {
+			err = syscall.Mount(own, file, "", syscall.MS_BIND, "")
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Every user may open this device on a machine that udev has set up.
+	tun := filepath.Join(dir, "tun")
+	if err := errors.Join(syscall.Mknod(tun, syscall.S_IFCHR|0o666, 10<<8|200), os.Chmod(tun, 0o666),
+		syscall.Mount(tun, "/dev/net/tun", "", syscall.MS_BIND, "")); err != nil {
+		t.Skipf("SKIPPED: no /dev/net/tun here: the plugin with a rootless engine is NOT tested: %v", err)
+	}
+	for _, own := range []string{home, runtimeDir} {
+		if err := errors.Join(os.Mkdir(own, 0o700), os.Chown(own, vaultID, vaultID)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	host := "unix://" + filepath.Join(runtimeDir, "docker.sock")
+	cmd := exec.Command("setpriv", "--reuid", fmt.Sprint(vaultID), "--regid", fmt.Sprint(vaultID), "--clear-groups",
+		rootlessScript, "--log-level=warn")
+	cmd.Dir = home
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + home, "XDG_RUNTIME_DIR=" + runtimeDir,
+		// The script keeps containers from this machine's loopback unless told otherwise after.
+		"DOCKERD_ROOTLESS_ROOTLESSKIT_FLAGS=--disable-host-loopback=false"}
+	return startEngine(t, dir, host, cmd)
+}
+
+// startEngine runs an engine until the test ends.
+func startEngine(t *testing.T, dir, host string, cmd *exec.Cmd) engine {
+	t.Helper()
 	log, err := os.Create(filepath.Join(dir, "dockerd.log"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"--host=" + host, "--group=" + fmt.Sprint(vaultID), "--config-file=" + settings,
-		"--data-root=" + filepath.Join(dir, "data"), "--exec-root=" + filepath.Join(dir, "exec"), "--pidfile=" + filepath.Join(dir, "pid"),
-		"--iptables=false", "--ip6tables=false", "--log-level=warn"}
-	cmd := exec.Command("dockerd", args...)
 	cmd.Stdout, cmd.Stderr = log, log
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -261,8 +361,8 @@ func bridgeAddress(t *testing.T) string {
 }
 
 // checkImage checks all that is in an image: two files, one of them the plugin as it is
-// released, with no shell beside it, and a user that is a number and not root's.
-func checkImage(t *testing.T, e engine, image, arch, version, sum string) {
+// released, with no shell beside it, and a user that is a number.
+func checkImage(t *testing.T, e engine, image, arch, user, version, sum string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "image.tar")
 	e.docker(t, "save", "-o", file, image)
@@ -311,7 +411,7 @@ func checkImage(t *testing.T, e engine, image, arch, version, sum string) {
 		t.Errorf("image: got %s/%s, want linux/%s", got.OS, got.Architecture, arch)
 	}
 	config := got.Config
-	if config.User != "65532:65532" || !slices.Equal(config.Entrypoint, []string{"/" + harness.PluginName}) || config.Cmd != nil {
+	if config.User != user || !slices.Equal(config.Entrypoint, []string{"/" + harness.PluginName}) || config.Cmd != nil {
 		t.Errorf("image: got user %q, entry point %q and command %q", config.User, config.Entrypoint, config.Cmd)
 	}
 	labels := map[string]string{"title": harness.PluginName, "description": "HashiCorp Vault secrets engine for OpenAI",
@@ -349,16 +449,26 @@ func untar(t *testing.T, archive []byte) (files map[string][]byte, list []string
 }
 
 // checkContainer checks how Vault runs the plugin.
-func checkContainer(t *testing.T, e engine, container, oci, image string) {
+func checkContainer(t *testing.T, e engine, container, oci string, user containerUser, image string) {
 	t.Helper()
 	got := e.docker(t, "inspect", "--format", "{{.HostConfig.Runtime}} {{.Image}} {{.Config.User}} {{.HostConfig.CapDrop}} {{.HostConfig.GroupAdd}}", container)
-	if want := fmt.Sprintf("%s sha256:%s 65532:65532 [ALL] [%d]", oci, image, vaultID); got != want {
+	if want := fmt.Sprintf("%s sha256:%s %s [ALL] [%d]", oci, image, user.image, vaultID); got != want {
 		t.Errorf("container: got %s, want %s", got, want)
 	}
-	// The process as this machine sees it, whatever the image says; gVisor's is not shown.
-	top := strings.Join(strings.Fields(e.docker(t, "top", container, "-eo", "pid,uid,args")), " ")
-	if oci == "runc" && !strings.Contains(top, " 65532 /"+harness.PluginName) {
-		t.Errorf("container: the plugin does not run as 65532: %s", top)
+	if oci != "runc" {
+		return // gVisor's processes are not seen from outside
+	}
+	// The process as this machine sees it, whatever the image says.
+	proc := filepath.Join("/proc", e.docker(t, "inspect", "--format", "{{.State.Pid}}", container))
+	info, err := os.Stat(proc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := info.Sys().(*syscall.Stat_t).Uid; got != uint32(user.uid) {
+		t.Errorf("container: the plugin runs as user %d, want %d", got, user.uid)
+	}
+	if got, err := os.Readlink(filepath.Join(proc, "exe")); err != nil || got != "/"+harness.PluginName {
+		t.Errorf("container: got the process %q, %v, want the plugin", got, err)
 	}
 }
 
