@@ -49,6 +49,8 @@ type backend struct {
 	mu     sync.RWMutex
 	client *client // of the stored config; nil until it is needed. Guarded by mu.
 
+	settling sync.Map // write-ahead-log ids of issued credentials, to the timers that delete the entries
+
 	sweepFrom string // the clean-up entry that the next sweep begins after; only periodic uses it
 }
 
@@ -91,7 +93,6 @@ func newBackend(transport http.RoundTripper) *backend {
 		RotateCredential:  b.rotateCredential,
 		WALRollback:       b.rollback,
 		WALRollbackMinAge: walMinAge,
-		Clean:             b.clean,
 	}
 	return b
 }
@@ -99,8 +100,7 @@ func newBackend(transport http.RoundTripper) *backend {
 // invalidInput is the framework's error for a value of the wrong type, which it quotes.
 var invalidInput = regexp.MustCompile(`^Field validation failed: error converting input for field "([a-z_]+)"`)
 
-// HandleRequest bounds every request: Vault gives most of them no deadline of their
-// own. Once the time is up a handler leaves its write-ahead-log entries to rollback.
+// HandleRequest bounds every request: Vault gives most of them no deadline of their own.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
 	timeout := requestTimeout
 	if req.Operation == logical.RollbackOperation {
@@ -133,11 +133,6 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	if key == configPath {
 		b.setClient(nil)
 	}
-}
-
-// clean closes idle connections when the mount is disabled or Vault is sealed.
-func (b *backend) clean(context.Context) {
-	(&http.Client{Transport: b.transport}).CloseIdleConnections()
 }
 
 // setClient makes c the client of later calls and returns the one before it.
@@ -212,7 +207,7 @@ const (
 
 const (
 	// walMinAge is how old an entry must be before it is rolled back. A request ends within
-	// requestTimeout, so one that is older belongs to no request that may still succeed. It
+	// requestTimeout and undoTimeout, so one that is older belongs to no request that may still succeed. It
 	// is short because disabling the mount throws younger entries away.
 	walMinAge = 2 * time.Minute
 	// walGrace is how long after its key must have expired the rollback of a credential is
@@ -233,8 +228,8 @@ type pendingCredential struct {
 }
 
 // issuedCredential replaces the pendingCredential before the credential is handed out, and
-// is deleted settleTime later. If Vault dies between the two, its lease may never have been
-// stored: only then does the entry live until the lease's end. A renewal deletes it too.
+// is deleted settleTime later. Where the process or Vault ends between the two, the lease may
+// never have been stored: then the entry lives until the lease's end. A renewal deletes it too.
 type issuedCredential struct {
 	lease
 	LeaseEnd time.Time `json:"lease_end"` // by then a lease has been renewed or revoked
@@ -243,19 +238,21 @@ type issuedCredential struct {
 // errNotDue keeps an issuedCredential, which may well be in use.
 var errNotDue = errors.New("the lease may still be in use")
 
-// issued replaces the entry of a pending credential and has it deleted later.
-func (b *backend) issued(ctx context.Context, s logical.Storage, l *lease, end time.Time) error {
-	err := putJSON(ctx, s, framework.WALPrefix+l.WALID, framework.WALEntry{
+// issued replaces the entry of a pending credential.
+func issued(ctx context.Context, s logical.Storage, l *lease, end time.Time) error {
+	return putJSON(ctx, s, framework.WALPrefix+l.WALID, framework.WALEntry{
 		Kind: walIssued, Data: issuedCredential{*l, end}, CreatedAt: time.Now().Unix(),
 	})
-	if err == nil {
-		time.AfterFunc(settleTime, func() {
-			ctx, cancel := context.WithTimeout(context.Background(), settleTime)
-			defer cancel()
-			_ = framework.DeleteWAL(ctx, s, l.WALID) // what stays is harmless, see rollback
-		})
-	}
-	return err
+}
+
+// settle has the entry of an issued credential deleted when Vault has the lease for certain.
+func (b *backend) settle(s logical.Storage, walID string) {
+	b.settling.Store(walID, time.AfterFunc(settleTime, func() {
+		b.settling.Delete(walID)
+		ctx, cancel := context.WithTimeout(context.Background(), settleTime)
+		defer cancel()
+		_ = framework.DeleteWAL(ctx, s, walID) // what stays is harmless, see rollback
+	}))
 }
 
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault
@@ -265,19 +262,19 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 	if err != nil {
 		return err // the tick is over: not worth a line in the log
 	}
+	var pending pendingCredential
 	switch kind {
 	case walCredential:
-		var p pendingCredential
-		if err = decode(data, &p); err == nil {
-			err = b.rollbackCredential(ctx, req.Storage, p)
+		if err = decode(data, &pending); err == nil {
+			err = b.rollbackCredential(ctx, req.Storage, pending)
 		}
 	case walIssued:
 		var p issuedCredential
-		if err = decode(data, &p); err == nil {
-			if time.Now().Before(p.LeaseEnd) {
-				return errNotDue
-			}
-			_, err = b.rememberCleanup(ctx, req.Storage, &p.lease) // mostly there is nothing left to delete
+		if err = decode(data, &p); err == nil && time.Now().Before(p.LeaseEnd) {
+			return errNotDue
+		}
+		if err == nil { // sweep finds that most of them are gone already
+			_, err = b.rememberCleanup(ctx, req.Storage, &p.lease, 0)
 		}
 	case walAdminKey:
 		var p pendingAdminKey
@@ -288,6 +285,11 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 		err = fmt.Errorf("unknown kind of write-ahead-log entry %q", kind)
 	}
 	b.metrics.add(metricRollbacks, 1, "kind", kind, "result", result(err))
+	if err != nil && !pending.Expires.IsZero() && time.Since(pending.Expires) > walGrace {
+		b.Logger().Error("gave up a rollback: the key has expired, but its account may still exist",
+			"project_id", pending.ProjectID, "name", pending.Name, "error", err)
+		return nil
+	}
 	if err != nil {
 		b.Logger().Error("rollback failed, will be tried again", "kind", kind, "error", err)
 	}
@@ -306,32 +308,19 @@ func decode(data, out any) error {
 // rollbackCredential deletes the account or key of a create whose end nobody saw. Finding
 // none is success: it was never made, or went with its project.
 func (b *backend) rollbackCredential(ctx context.Context, s logical.Storage, p pendingCredential) error {
-	err := b.useClient(ctx, s, func(c *client) error {
-		find, remove := c.serviceAccountsNamed, c.deleteServiceAccount
-		if p.ServiceAccountID != "" {
-			remove = c.deleteAPIKey
-			find = func(ctx context.Context, projectID, name string) ([]string, error) {
-				return c.apiKeysNamed(ctx, projectID, p.ServiceAccountID, name)
-			}
-		}
-		ids, err := find(ctx, p.ProjectID, p.Name)
-		if isNotFound(err) || c.projectGone(ctx, p.ProjectID, err) {
+	return b.useClient(ctx, s, func(c *client) error {
+		found, err := c.credentialsNamed(ctx, p.ProjectID, p.ServiceAccountID, p.Name)
+		if c.projectGone(ctx, p.ProjectID, err) {
 			return nil
 		}
-		for _, id := range ids {
-			if err := remove(ctx, p.ProjectID, id); err != nil {
-				return fmt.Errorf("deleting %q: %w", id, err)
+		for _, l := range found {
+			if err := c.deleteCredential(ctx, &l); err != nil {
+				return fmt.Errorf("deleting %q: %w", l.key(), err)
 			}
-			b.Logger().Info("rolled back a credential that was never handed out", "project_id", p.ProjectID, "name", p.Name, "id", id)
+			b.Logger().Info("rolled back a credential that was never handed out", "project_id", p.ProjectID, "name", p.Name, "id", l.key())
 		}
 		return err
 	})
-	if err != nil && !p.Expires.IsZero() && time.Since(p.Expires) > walGrace {
-		b.Logger().Error("gave up a rollback: the key has expired, but its account may still exist",
-			"project_id", p.ProjectID, "name", p.Name, "error", err)
-		return nil
-	}
-	return err
 }
 
 const (
@@ -361,71 +350,64 @@ func (l *lease) key() string {
 // deleteCredential deletes what a lease stands for at OpenAI.
 func (b *backend) deleteCredential(ctx context.Context, s logical.Storage, l *lease) error {
 	return b.useClient(ctx, s, func(c *client) error {
-		if l.KeyOnly {
-			return c.deleteAPIKey(ctx, l.ProjectID, l.APIKeyID)
+		// To another organization it would not exist, which looks like success.
+		if l.OrganizationID != "" && l.OrganizationID != c.config.OrganizationID {
+			return fmt.Errorf("it belongs to organization %q, and config has another one", l.OrganizationID)
 		}
-		return c.deleteServiceAccount(ctx, l.ProjectID, l.ServiceAccountID)
+		return c.deleteCredential(ctx, l)
 	})
 }
 
-// rememberCleanup counts a failed revocation and returns the count. From here on sweep
+// rememberCleanup counts failed more revocations and returns their count. From here on sweep
 // tries too.
-func (b *backend) rememberCleanup(ctx context.Context, s logical.Storage, l *lease) (failures int, err error) {
+func (b *backend) rememberCleanup(ctx context.Context, s logical.Storage, l *lease, failed int) (failures int, err error) {
 	c := cleanup{lease: *l}
 	if _, err := getJSON(ctx, s, cleanupPrefix+l.key(), &c); err != nil {
 		return 0, err
 	}
-	if c.Failures++; c.Failures == 1 {
-		b.metrics.cleanups.Add(1)
-	}
+	c.Failures += failed
 	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.key(), c)
 }
 
 // sweep works clean-up entries off until ctx ends, beginning where the last one stopped.
 // They belong to this cluster's leases, so that it runs on performance secondaries too.
 func (b *backend) sweep(ctx context.Context, s logical.Storage) {
+	if ctx.Err() != nil {
+		return // a rotation has used up the tick
+	}
 	ids, err := s.List(ctx, cleanupPrefix)
 	if err != nil {
 		b.Logger().Error("listing clean-up entries failed", "error", err)
 		return
 	}
-	b.metrics.cleanups.Store(int64(len(ids)))
 	start, found := slices.BinarySearch(ids, b.sweepFrom)
 	if found {
 		start++
 	}
 	ids = append(ids[start:], ids[:start]...)
 
-	// One line a tick tells of the failures: there may be very many.
-	var next, failures atomic.Int64
-	var workers sync.WaitGroup
-	for range min(sweepWorkers, len(ids)) {
-		workers.Go(func() {
-			for ctx.Err() == nil {
-				i := int(next.Add(1)) - 1
-				if i >= len(ids) {
-					return
-				}
-				err := b.sweepOne(ctx, s, ids[i])
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var failures atomic.Int64 // there may be very many: one line tells of them
+	for batch := range slices.Chunk(ids, sweepWorkers) {
+		var workers sync.WaitGroup
+		for _, id := range batch {
+			workers.Go(func() {
+				err := b.sweepOne(ctx, s, id)
 				b.metrics.add(metricSweeps, 1, "result", result(err))
-				if err == nil {
-					continue
-				}
-				if failures.Add(1) == 1 {
-					b.Logger().Warn("clean-up failed, will be tried again", "id", ids[i], "error", err)
+				if err != nil && failures.Add(1) == 1 {
+					b.Logger().Warn("clean-up failed, will be tried again", "id", id, "error", err)
 				}
 				if errors.Is(err, errNotConfigured) || isStatus(err, http.StatusUnauthorized) {
-					return
+					cancel() // it is the same for all
 				}
-			}
-		})
-	}
-	workers.Wait()
-	if n := failures.Load(); n > 1 {
-		b.Logger().Warn("clean-up failed for several credentials", "failures", n)
-	}
-	if n := min(int(next.Load()), len(ids)); n > 0 {
-		b.sweepFrom = ids[n-1]
+			})
+		}
+		workers.Wait()
+		b.sweepFrom = batch[len(batch)-1]
+		if ctx.Err() != nil {
+			break // the next tick goes on from here
+		}
 	}
 }
 
@@ -441,7 +423,6 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) er
 	if err := s.Delete(ctx, cleanupPrefix+id); err != nil {
 		return err
 	}
-	b.metrics.cleanups.Add(-1)
 	b.Logger().Info("cleaned up a credential", "project_id", c.ProjectID,
 		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
 	return nil
@@ -579,18 +560,17 @@ var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
 // with role "other".
 const maxSeries = 5000
 
-// metrics counts what a mount does, since the plugin's process has started. It takes no
-// lock once a series exists.
+// metrics counts what a mount does, since the plugin's process has started.
 type metrics struct {
-	series   sync.Map     // [2]string, a name and its labels as Prometheus writes them, to *atomic.Int64
-	size     atomic.Int64 // of series
-	cleanups atomic.Int64 // entries below cleanupPrefix
+	mu     sync.Mutex
+	series map[string]map[string]float64 // by name, then by labels as Prometheus writes them
+	size   int                           // series of all names
 }
 
 // newMetrics returns metrics whose bounded series are there from the start, at 0, so that
 // Prometheus sees the first event too.
 func newMetrics() *metrics {
-	m := &metrics{}
+	m := &metrics{series: map[string]map[string]float64{}}
 	m.add(metricHandedOver, 0)
 	m.add(metricRateLimitWait, 0)
 	for _, result := range []string{"success", "failure"} {
@@ -605,16 +585,19 @@ func newMetrics() *metrics {
 	return m
 }
 
-// add counts n more, nanoseconds where the unit is seconds. labels are names and values.
-func (m *metrics) add(name string, n int64, labels ...string) {
-	value, ok := m.series.Load([2]string{name, labelText(labels)})
-	if !ok {
-		if m.size.Add(1) > maxSeries && name == metricCredentials {
+// add counts n more. labels are names and values.
+func (m *metrics) add(name string, n float64, labels ...string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.series[name][labelText(labels)]; !ok {
+		if m.size++; m.size > maxSeries && name == metricCredentials {
 			labels[1] = "other"
 		}
-		value, _ = m.series.LoadOrStore([2]string{name, labelText(labels)}, new(atomic.Int64))
+		if m.series[name] == nil {
+			m.series[name] = map[string]float64{}
+		}
 	}
-	value.(*atomic.Int64).Add(n)
+	m.series[name][labelText(labels)] += n
 }
 
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
@@ -636,29 +619,25 @@ func (m *metrics) observe(operation string, d time.Duration) {
 		}
 	}
 	m.add(metricDuration+"_bucket", 1, "operation", operation, "le", "+Inf")
-	m.add(metricDuration+"_sum", int64(d), "operation", operation)
+	m.add(metricDuration+"_sum", d.Seconds(), "operation", operation)
 	m.add(metricDuration+"_count", 1, "operation", operation)
 }
 
 // gather returns the values by name and by labels.
 func (b *backend) gather(ctx context.Context, s logical.Storage) (map[string]map[string]float64, error) {
-	all := map[string]map[string]float64{}
-	set := func(name, labels string, value float64) {
-		if all[name] == nil {
-			all[name] = map[string]float64{}
-		}
-		all[name][labels] = value
+	b.metrics.mu.Lock()
+	all := make(map[string]map[string]float64, len(families))
+	for name, series := range b.metrics.series {
+		all[name] = maps.Clone(series)
 	}
-	b.metrics.series.Range(func(k, v any) bool {
-		key, value := k.([2]string), float64(v.(*atomic.Int64).Load())
-		if key[0] == metricRateLimitWait || key[0] == metricDuration+"_sum" {
-			value /= float64(time.Second)
-		}
-		set(key[0], key[1], value)
-		return true
-	})
-	set("cleanups_pending", "", float64(b.metrics.cleanups.Load()))
+	b.metrics.mu.Unlock()
+	set := func(name, labels string, value float64) { all[name] = map[string]float64{labels: value} }
 	set("build_info", labelText([]string{"version", version, "goversion", runtime.Version()}), 1)
+	cleanups, err := s.List(ctx, cleanupPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("listing clean-up entries: %w", err)
+	}
+	set("cleanups_pending", "", float64(len(cleanups)))
 	cfg, err := getConfig(ctx, s)
 	if err != nil || cfg == nil {
 		return all, err

@@ -379,7 +379,7 @@ func (s *testStorage) Delete(ctx context.Context, key string) error {
 }
 
 func (s *testStorage) List(ctx context.Context, prefix string) ([]string, error) {
-	if err := s.check("list", prefix); err != nil {
+	if err := errors.Join(s.check("list", prefix), ctx.Err()); err != nil {
 		return nil, err
 	}
 	return s.Storage.List(ctx, prefix)
@@ -3603,7 +3603,7 @@ func TestCredsFaults(t *testing.T) {
 				}
 				s := newSteps(e)
 				resp, err, reached := s.run(e, fault, at, logical.ReadOperation, "creds/r")
-				if fault.cancel && err == nil && s.n > at {
+				if fault.cancel && err == nil && reached {
 					t.Error("a credential was handed out though nobody waited for it any more")
 				}
 				e.tick() // entries are too young
@@ -3809,6 +3809,9 @@ func TestRollbackGivesUp(t *testing.T) {
 				if got := e.logged("ERROR", "gave up") == 1; got != expiring {
 					t.Errorf("told that it was given up: got %v, want %v", got, expiring)
 				}
+				if got := e.metric("rollbacks_total").(map[string]float64)[`kind="credential",result="success"`]; got != 0 {
+					t.Errorf("successful rollbacks: got %v, want 0", got)
+				}
 				if got := e.logged("ERROR", "rollback failed"); got == 0 {
 					t.Error("failing rollbacks are not logged")
 				}
@@ -3940,7 +3943,97 @@ func TestRevokeStorageFault(t *testing.T) {
 				t.Errorf("revoke: got %v, want both failures", err)
 			}
 		}
+		// Vault may not try again, as when it could not store the lease.
+		e.storage.setFault(nil)
+		e.sim.ClearFaults()
+		e.ticks(30 * time.Minute)
+		e.accounts(1)
+		e.ticks(35 * time.Minute)
+		e.accounts(0)
+		e.nothingPending()
 	})
+}
+
+// TestTakeoverCount: the failures that lead to a takeover are those of revocations.
+func TestTakeoverCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		secret := e.creds("web").Secret
+		e.crash()
+		e.always(http.MethodDelete, "projects", 403)
+		time.Sleep(62 * time.Minute)
+		e.tick() // the entry becomes one for clean-up
+		if got := len(e.keys(cleanupPrefix)); got != 1 {
+			t.Errorf("clean-up entries: got %d, want 1", got)
+		}
+		for attempt := 1; attempt <= maxRevokeFailures; attempt++ {
+			if err := failure(e.lease(logical.RevokeOperation, secret)); (err == nil) != (attempt == maxRevokeFailures) {
+				t.Errorf("attempt %d: got %v, want a takeover at the fifth", attempt, err)
+			}
+		}
+		e.sim.ClearFaults()
+		e.tick()
+		e.accounts(0)
+		e.nothingPending()
+	})
+}
+
+// TestOtherOrganization: to another organization's key nothing of the former one exists, which
+// must not pass for a revocation.
+func TestOtherOrganization(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.failing(openaisim.Fault{Method: http.MethodDelete, Path: "/admin_api_keys/"})
+		e.ok(logical.UpdateOperation, "config/rotate", nil)
+		e.sim.ClearFaults()
+		first, second := e.creds("web").Secret, e.creds("web").Secret
+		old := e.config()
+		if len(old.PendingDeletion) != 1 {
+			t.Fatalf("admin keys pending deletion: got %d, want 1", len(old.PendingDeletion))
+		}
+		e.always("", "", http.StatusNotFound) // as OpenAI would say of the other organization's things
+		resp := e.set(map[string]any{
+			"organization_id": "org-other", "admin_api_key": "sk-admin-other", "admin_api_key_id": "key_other", "verify_connection": false,
+		})
+		if got := fmt.Sprint(resp.Warnings); !strings.Contains(got, "former organization") || !strings.Contains(got, old.PendingDeletion[0]) {
+			t.Errorf("warnings: got %s, want the former organization and its key", got)
+		}
+		if got := e.config().PendingDeletion; len(got) != 0 {
+			t.Errorf("the former organization's admin keys pending deletion: got %q, want none", got)
+		}
+		for attempt := 1; attempt <= maxRevokeFailures; attempt++ {
+			if err := failure(e.lease(logical.RevokeOperation, first)); (err == nil) != (attempt == maxRevokeFailures) {
+				t.Errorf("revocation %d: got %v, want an error before the takeover", attempt, err)
+			}
+		}
+		if err := failure(e.lease(logical.RevokeOperation, second)); err == nil || !strings.Contains(err.Error(), openaisim.DefaultOrganization) {
+			t.Errorf("revocation: got %v, want an error that names %s", err, openaisim.DefaultOrganization)
+		}
+		e.ticks(10 * time.Minute)
+		e.accounts(2)
+		e.sim.ClearFaults()
+		e.set(map[string]any{
+			"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey, "admin_api_key_id": old.AdminAPIKeyID,
+		})
+		e.ticks(2 * time.Minute)
+		e.accounts(0)
+		e.nothingPending()
+	})
+}
+
+// TestTemplateMemory: what a template makes of a long name of a token or a role is bounded.
+func TestTemplateMemory(t *testing.T) {
+	raw := "{{.DisplayName" + strings.Repeat("|base64", 28) + "|truncate 20}}-{{.RandomSuffix}}"
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	name, err := renderName(raw, nameData{DisplayName: strings.Repeat("n", 100_000), RandomSuffix: "0123456789"})
+	runtime.ReadMemStats(&after)
+	if err != nil || !strings.HasSuffix(name, "-0123456789") {
+		t.Errorf("got %q, %v, want a name", name, err)
+	}
+	if got := after.TotalAlloc - before.TotalAlloc; got > 64<<20 {
+		t.Errorf("memory for a name: got %d MiB, want at most 64", got>>20)
+	}
 }
 
 // TestRevokeOutage: an hour of failures ends with every account gone, no lease given up by Vault, and
@@ -4074,6 +4167,13 @@ func TestPeriodicUnconfigured(t *testing.T) {
 			t.Errorf("log lines of a tick: got %d, want 1 to 5", got)
 		}
 		e.configure(nil)
+		e.failing(openaisim.Fault{Method: http.MethodDelete, Status: 401})
+		e.sim.ResetCalls()
+		e.tick()
+		if got := e.countCalls(http.MethodDelete, "service_accounts"); got > sweepWorkers {
+			t.Errorf("deletions with a refused key: got %d, want at most %d", got, sweepWorkers)
+		}
+		e.sim.ClearFaults()
 		e.tick()
 		e.accounts(0)
 		e.nothingPending()
@@ -4283,6 +4383,9 @@ func TestPeriodicBound(t *testing.T) {
 			if took := time.Since(start); took > 30*time.Second {
 				t.Errorf("periodic call: took %v, want at most 30s", took)
 			}
+		}
+		if got := e.logged("ERROR", "listing"); got != 0 {
+			t.Errorf("errors of a sweep that has no time: got %d, want none", got)
 		}
 		e.sim.ClearFaults()
 		e.ticks(2 * time.Minute)

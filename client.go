@@ -30,6 +30,7 @@ import (
 // requestTimeout, which backend.HandleRequest sets, leaves time to answer.
 const (
 	requestTimeout = 75 * time.Second // a Vault request, all its OpenAI calls and waits included
+	undoTimeout    = 5 * time.Second  // of what is done after that to undo a create
 	checkTimeout   = 40 * time.Second // what a write asks OpenAI before it stores
 	attemptTimeout = 25 * time.Second // one HTTP exchange
 	maxAttempts    = 4                // of one call, first one included; waits for a rate limit do not count
@@ -38,9 +39,8 @@ const (
 	maxPause       = 60 * time.Second       // longest wait that a Retry-After can ask for
 	maxAnswer      = 1 << 20                // bytes of an answer that are read
 	maxCalls       = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
-	minInterval    = 5 * time.Millisecond   // between attempts after a first refusal
+	minInterval    = 15 * time.Millisecond  // between attempts after a first refusal
 	maxInterval    = 250 * time.Millisecond // slowest pace that is kept by itself
-	paceWindow     = 5 * time.Second        // refusals this close together tell OpenAI's pace
 )
 
 // client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration)
@@ -91,18 +91,14 @@ func (b *backend) newClient(cfg *config) *client {
 }
 
 // throttle bounds the calls of one mount. When OpenAI says that its rate limit is
-// reached, all of them wait together and then go on one after the other, first come
-// first served, at the pace at which OpenAI was seen to answer.
+// reached, all of them wait together, and then go on in the order in which they came.
 type throttle struct {
 	slots chan struct{} // holds one for each call under way, its waits included
 	gate  chan struct{} // holds one while a call waits for its turn; the next ones queue
 
 	mu       sync.Mutex    // guards what follows
 	until    time.Time     // end of the pause that OpenAI asked for
-	next     time.Time     // no attempt starts before this time either
 	interval time.Duration // between the starts of two attempts; 0 while there is no limit
-	refused  time.Time     // when the last pause began
-	passes   time.Duration // attempts that were not refused since then
 }
 
 func newThrottle() *throttle {
@@ -129,46 +125,28 @@ func (t *throttle) turn(ctx context.Context) error {
 		return ctx.Err()
 	}
 	defer func() { <-t.gate }()
-	for {
-		t.mu.Lock()
-		now := time.Now()
-		wait := max(t.until.Sub(now), t.next.Sub(now))
-		if wait <= 0 {
-			t.next = now.Add(t.interval)
-		}
-		t.mu.Unlock()
-		if wait <= 0 {
-			return nil
-		}
-		if err := sleep(ctx, wait); err != nil {
-			return err
-		}
-	}
+	t.mu.Lock()
+	wait := max(time.Until(t.until), t.interval)
+	t.mu.Unlock()
+	return sleep(ctx, wait)
 }
 
-// passed counts an attempt that met no rate limit, and quickens the pace by a fiftieth.
+// passed counts an attempt that met no rate limit: the pace quickens.
 func (t *throttle) passed() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.passes++
 	if t.interval -= t.interval / 50; t.interval < time.Millisecond {
 		t.interval = 0
 	}
 }
 
-// limited pauses all calls for d. The first refusal after a pause also slows the pace: to
-// what got through since the last one, if that was not long ago.
+// limited pauses all calls for d and slows the pace, once for a pause.
 func (t *throttle) limited(d time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	now := time.Now()
 	if now.After(t.until) {
-		pace := max(t.interval+t.interval/10, minInterval)
-		if since := now.Sub(t.refused); since < paceWindow && t.passes > 0 {
-			pace = max(t.interval, since/t.passes)
-		}
-		t.interval = min(pace, maxInterval)
-		t.refused, t.passes = now, 0
+		t.interval = min(max(2*t.interval, minInterval), maxInterval)
 	}
 	if until := now.Add(d); until.After(t.until) {
 		t.until = until
@@ -305,7 +283,7 @@ func (c *client) do(ctx context.Context, op call) error {
 			return cmp.Or(last, waiting("OpenAI's rate limit", err))
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
-			c.metrics.add(metricRateLimitWait, int64(waited))
+			c.metrics.add(metricRateLimitWait, waited.Seconds())
 		}
 		err := c.attempt(ctx, op)
 		if err == nil || ctx.Err() != nil {
@@ -497,8 +475,8 @@ func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*
 	return answer, err
 }
 
-// listAll calls visit for each entry of a list, over all its pages. query is made its own.
-func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, visit func(T)) error {
+// listAll returns the entries of a list that are wanted, from all its pages. query is made its own.
+func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, wanted func(T) bool) (entries []T, err error) {
 	query.Set("limit", "100")
 	for {
 		var page struct {
@@ -507,16 +485,18 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 			LastID  string `json:"last_id"`
 		}
 		if err := c.do(ctx, call{name: name, method: http.MethodGet, path: path + "?" + query.Encode(), out: &page, repeatable: true}); err != nil {
-			return err
+			return nil, err
 		}
 		for _, entry := range page.Data {
-			visit(entry)
+			if wanted(entry) {
+				entries = append(entries, entry)
+			}
 		}
 		if !page.HasMore {
-			return nil
+			return entries, nil
 		}
 		if page.LastID == "" || page.LastID == query.Get("after") {
-			return invalid(name)
+			return nil, invalid(name)
 		}
 		query.Set("after", page.LastID)
 	}
@@ -642,42 +622,35 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 		(*apiKey).created)
 }
 
-// serviceAccountsNamed returns the ids of the project's accounts with exactly this name.
-func (c *client) serviceAccountsNamed(ctx context.Context, projectID, name string) (ids []string, err error) {
-	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{}, func(a serviceAccount) {
-		if a.Name == name && validID(a.ID) {
-			ids = append(ids, a.ID)
+// credentialsNamed returns what there is of exactly this name: the project's accounts or,
+// where accountID is given, that account's keys.
+func (c *client) credentialsNamed(ctx context.Context, projectID, accountID, name string) (found []lease, err error) {
+	if accountID == "" {
+		accounts, err := listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
+			func(a serviceAccount) bool { return a.Name == name && validID(a.ID) })
+		for _, a := range accounts {
+			found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID})
 		}
-	})
-	return ids, err
-}
-
-// apiKeysNamed returns the ids of the account's keys with exactly this name.
-func (c *client) apiKeysNamed(ctx context.Context, projectID, accountID, name string) (ids []string, err error) {
-	// Unless asked for any, keys of accounts without a role may be left out.
-	query := url.Values{"owner_project_access": {"any"}}
-	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey) {
-		if k.Name == name && k.Owner.ServiceAccount.ID == accountID && validID(k.ID) {
-			ids = append(ids, k.ID)
-		}
-	})
-	return ids, err
-}
-
-// deleteServiceAccount deletes an account and its keys. An account that is gone already,
-// alone or with its project, is no error.
-func (c *client) deleteServiceAccount(ctx context.Context, projectID, id string) error {
-	err := c.remove(ctx, "delete_service_account", projectPath(projectID, "service_accounts", id))
-	if c.projectGone(ctx, projectID, err) {
-		return nil
+		return found, err
 	}
-	return err
+	// Unless asked for any, keys of accounts without a role may be left out.
+	keys, err := listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), url.Values{"owner_project_access": {"any"}},
+		func(k apiKey) bool { return k.Name == name && k.Owner.ServiceAccount.ID == accountID && validID(k.ID) })
+	for _, k := range keys {
+		found = append(found, lease{ProjectID: projectID, ServiceAccountID: accountID, APIKeyID: k.ID, KeyOnly: true})
+	}
+	return found, err
 }
 
-// deleteAPIKey deletes a key and leaves its account; else it is like deleteServiceAccount.
-func (c *client) deleteAPIKey(ctx context.Context, projectID, id string) error {
-	err := c.remove(ctx, "delete_api_key", projectPath(projectID, "api_keys", id))
-	if c.projectGone(ctx, projectID, err) {
+// deleteCredential deletes an account with its keys, or a key alone. What is gone already,
+// alone or with its project, is no error.
+func (c *client) deleteCredential(ctx context.Context, l *lease) error {
+	name, kind := "delete_service_account", "service_accounts"
+	if l.KeyOnly {
+		name, kind = "delete_api_key", "api_keys"
+	}
+	err := c.remove(ctx, name, projectPath(l.ProjectID, kind, l.key()))
+	if c.projectGone(ctx, l.ProjectID, err) {
 		return nil
 	}
 	return err
@@ -730,13 +703,8 @@ func (c *client) getAdminKey(ctx context.Context, id string) (*adminKey, error) 
 }
 
 // adminKeysWhere returns the organization's admin keys that match.
-func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) (keys []adminKey, err error) {
-	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey) {
-		if match(k) && validID(k.ID) {
-			keys = append(keys, k)
-		}
-	})
-	return keys, err
+func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) ([]adminKey, error) {
+	return listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey) bool { return match(k) && validID(k.ID) })
 }
 
 // createAdminKey makes an admin key. It is not repeatable: see notDone.

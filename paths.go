@@ -114,7 +114,7 @@ func (cfg *config) toResponseData() map[string]any {
 		"admin_key_expires_at": formatTime(cfg.AdminKeyExpires),
 		"last_rotated":         formatTime(cfg.LastRotatedTime),
 		"next_rotation":        formatTime(cfg.nextRotation(time.Now())),
-		"rotation_manager":     cfg.manager(),
+		"rotation_manager":     cmp.Or(cfg.RotationManager, managerNone),
 		"pending_deletion":     append([]string{}, cfg.PendingDeletion...),
 	}
 	cfg.PopulateAutomatedRotationData(data)
@@ -274,7 +274,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		cfg.LastRotatedTime = time.Now()
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
-		resp.AddWarning("organization_id has changed: leases issued in the former organization can't be revoked with the new key")
+		resp.AddWarning("organization_id has changed: revoking leases of the former organization fails until config has it again")
+		warnOfPending(resp, cfg.PendingDeletion)
+		cfg.PendingDeletion = nil
 	}
 	if !cfg.AdminKeyExpires.IsZero() && cfg.nextRotation(time.Now()).IsZero() {
 		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) + " and no rotation is scheduled: rotate or replace it before")
@@ -388,16 +390,10 @@ func parseEndpoint(s string) (string, error) {
 	ip := net.ParseIP(u.Hostname())
 	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 	switch {
-	case u.User != nil:
-		return "", errors.New("api_endpoint must not have user information")
-	case strings.ContainsAny(s, "?#"):
-		return "", errors.New("api_endpoint must not have a query or a fragment")
-	case slices.Contains(strings.Split(u.Path, "/"), ".."):
-		return "", errors.New("api_endpoint must not have .. in its path")
-	case u.Scheme == "http" && !loopback:
+	case u.User != nil || strings.ContainsAny(s, "?#") || slices.Contains(strings.Split(u.Path, "/"), ".."):
+		return "", errors.New("api_endpoint must not have user information, a query, a fragment or .. in its path")
+	case u.Scheme != "https" && (u.Scheme != "http" || !loopback):
 		return "", errors.New("api_endpoint must be https: plain http is only for a loopback address")
-	case u.Scheme != "https" && u.Scheme != "http":
-		return "", errors.New("api_endpoint must be https")
 	}
 	return strings.TrimRight(u.String(), "/"), nil
 }
@@ -419,10 +415,15 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fra
 	b.report(ctx, req, configDeleted, nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
 	resp.AddWarning("leases can't be revoked until config is written again; the admin key itself still exists at OpenAI")
-	if len(cfg.PendingDeletion) > 0 {
-		resp.AddWarning("these replaced admin keys are still at OpenAI, delete them there: " + strings.Join(cfg.PendingDeletion, ", "))
-	}
+	warnOfPending(resp, cfg.PendingDeletion)
 	return resp, nil
+}
+
+// warnOfPending names replaced admin keys that config forgets.
+func warnOfPending(resp *logical.Response, ids []string) {
+	if len(ids) > 0 {
+		resp.AddWarning("these replaced admin keys are still at OpenAI, delete them there: " + strings.Join(ids, ", "))
+	}
 }
 
 // role is the storage entry "roles/<name>". The older plugin's entry has the fields up
@@ -678,10 +679,13 @@ type nameData struct {
 // renderName makes an account's name that OpenAI takes: what is not a letter, digit,
 // - or _ becomes -. Its length is not bounded here.
 func renderName(raw string, data nameData) (string, error) {
-	// One role must not be able to exhaust the process that serves all mounts: no loops,
-	// no function that multiplies what it is given.
+	// One role must not be able to exhaust the process that serves all mounts: no loops, short
+	// values, no function that multiplies what it is given by much.
 	if len(raw) > maxTemplateLength || loopPattern.MatchString(raw) {
 		return "", fmt.Errorf("must be at most %d bytes and have no range, define, template or block", maxTemplateLength)
+	}
+	for _, text := range []*string{&data.RoleName, &data.ProjectName, &data.DisplayName} {
+		*text = (*text)[:min(len(*text), maxTemplateLength)]
 	}
 	options := []template.Opt{
 		template.Template(raw),
@@ -811,6 +815,7 @@ type lease struct {
 	APIKeyID         string `json:"api_key_id"`
 	ServiceAccountID string `json:"service_account_id"`
 	ProjectID        string `json:"project_id"`
+	OrganizationID   string `json:"organization_id,omitempty"`
 	Role             string `json:"role,omitempty"`
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation leaves the account
@@ -829,12 +834,11 @@ func leaseOf(secret *logical.Secret) (*lease, error) {
 	return l, nil
 }
 
-// log returns the lease's names and values for report.
-func (l *lease) log(start time.Time) []any {
-	return []any{
-		"name", l.Role, "project_id", l.ProjectID, "service_account_id", l.ServiceAccountID,
-		"api_key_id", l.APIKeyID, "duration", time.Since(start).Round(time.Millisecond).String(),
-	}
+// reportCredential counts and reports what became of a lease; err: it failed.
+func (b *backend) reportCredential(ctx context.Context, req *logical.Request, c change, operation string, l *lease, start time.Time, err error) {
+	b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", operation, "result", result(err))
+	b.report(ctx, req, c, err, "name", l.Role, "project_id", l.ProjectID, "service_account_id", l.ServiceAccountID,
+		"api_key_id", l.APIKeyID, "duration", time.Since(start).Round(time.Millisecond).String())
 }
 
 func secretAPIKey(b *backend) *framework.Secret {
@@ -858,12 +862,9 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	if r == nil {
 		return logical.ErrorResponse("role %q does not exist", roleName), nil
 	}
-	start, l := time.Now(), &lease{ProjectID: r.ProjectID, Role: roleName}
-	defer func() {
-		failed := failure(resp, err)
-		b.metrics.add(metricCredentials, 1, "role", roleName, "operation", "issue", "result", result(failed))
-		b.report(ctx, req, credIssued, failed, l.log(start)...)
-	}()
+	start := time.Now()
+	l := &lease{ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyOnly: r.ServiceAccountID != ""}
+	defer func() { b.reportCredential(ctx, req, credIssued, "issue", l, start, failure(resp, err)) }()
 
 	ttl, warning, err := b.leaseTTL(r, d)
 	if err != nil {
@@ -879,35 +880,32 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		expiresIn = min(ttl+keyGrace, maxKeyLife)
 		pending.Expires = start.Add(expiresIn + requestTimeout)
 	}
-	walID, err := framework.PutWAL(ctx, req.Storage, walCredential, pending)
+	l.KeyExpires = expiresIn > 0
+	l.WALID, err = framework.PutWAL(ctx, req.Storage, walCredential, pending)
 	if err != nil {
 		return nil, fmt.Errorf("writing write-ahead log: %w", err)
 	}
-	g, err := b.create(ctx, req.Storage, r, name, expiresIn)
+	g, err := b.create(ctx, req.Storage, r, name, expiresIn, l)
+	if err == nil {
+		// Vault drops the answer to a request that has ended, and then knows of no lease.
+		err = errors.Join(issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
+	}
 	if err != nil {
-		if g.nothingLeft {
-			// Also when ctx has ended, as after a long wait for a rate limit: else each such
-			// call would cost a list of the project's accounts later.
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			defer cancel()
-			if walErr := framework.DeleteWAL(ctx, req.Storage, walID); walErr != nil {
+		// Also when ctx has ended: else rollback would have to look through the project's accounts.
+		undoCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		nothingLeft := notDone(err)
+		if l.key() != "" {
+			nothingLeft = b.deleteCredential(undoCtx, req.Storage, l) == nil
+		}
+		if nothingLeft {
+			if walErr := framework.DeleteWAL(undoCtx, req.Storage, l.WALID); walErr != nil {
 				b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", walErr)
 			}
 		}
 		return answerError("creating "+g.step, err)
 	}
-	l.APIKeyID, l.ServiceAccountID, l.WALID = g.key.ID, g.account.ID, walID
-	l.KeyExpires, l.KeyOnly = expiresIn > 0, r.ServiceAccountID != ""
-	// Past this point the key exists; rollback deletes it unless the entry changes.
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("creating %s: nobody waits for it any more: %w", g.step, ctx.Err())
-	}
-	if err := b.issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)); err != nil {
-		// Which of the entries is stored is not known, and what has failed may be ctx.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), attemptTimeout)
-		defer cancel()
-		return nil, errors.Join(fmt.Errorf("write-ahead log: %w", err), b.deleteCredential(ctx, req.Storage, l))
-	}
+	b.settle(req.Storage, l.WALID)
 
 	internal := map[string]any{}
 	if err := decode(l, &internal); err != nil {
@@ -916,10 +914,10 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	resp = b.Secret(secretType).Response(map[string]any{
 		"api_key":            g.key.Value,
 		"api_key_id":         g.key.ID,
-		"service_account":    g.account.Name,
-		"service_account_id": g.account.ID,
+		"service_account":    g.account,
+		"service_account_id": l.ServiceAccountID,
 		"project_id":         r.ProjectID,
-		"organization_id":    g.organizationID,
+		"organization_id":    l.OrganizationID,
 		"scopes":             append([]string{}, r.Scopes...),
 		"expires_at":         formatTime(unixTime(g.key.ExpiresAt)),
 	}, internal)
@@ -948,55 +946,51 @@ func (b *backend) leaseTTL(r *role, d *framework.FieldData) (ttl time.Duration, 
 	return ttl, "", nil
 }
 
-// grant is what create has made, or how far it came.
+// grant is what create has made, besides the ids in its lease.
 type grant struct {
-	account        *serviceAccount
-	key            *apiKey
-	organizationID string
-	step           string // what was being made, for errors
-	nothingLeft    bool   // after an error: OpenAI certainly has nothing that create made
+	account string // its name
+	key     *apiKey
+	step    string // what was made last, for errors
 }
 
 // create makes what the role says: a key on an account of its own (one call), a key on an
 // existing account (one call), or an account, its role and its scoped key (three calls),
-// so that a key which is not restricted never exists.
-func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration) (g grant, err error) {
-	g.step = "service account"
-	if r.ServiceAccountID != "" {
-		g.account = &serviceAccount{ID: r.ServiceAccountID, Name: r.ServiceAccountName}
+// so that a key which is not restricted never exists. l gets the ids of what was made.
+func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration, l *lease) (g grant, err error) {
+	if l.KeyOnly {
+		g.account = r.ServiceAccountName
 	} else {
+		g.step, g.account = "service account", name
 		keyless := len(r.Scopes) > 0
-		err = b.useClient(ctx, s, func(c *client) (err error) {
-			g.organizationID = c.config.OrganizationID
-			g.account, err = c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
-			return err
-		})
-		if err != nil || !keyless {
-			g.nothingLeft = notDone(err)
-			if err == nil {
-				g.key, g.account.Name = g.account.APIKey, name
+		err = b.useClient(ctx, s, func(c *client) error {
+			account, err := c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
+			if err != nil {
+				return err
 			}
+			l.OrganizationID, l.ServiceAccountID, g.key = c.config.OrganizationID, account.ID, account.APIKey
+			return nil
+		})
+		if err == nil && !keyless {
+			l.APIKeyID = g.key.ID
+		}
+		if err != nil || !keyless {
 			return g, err
 		}
-		g.account.Name = name
 		g.step = "role of service account"
 		err = b.useClient(ctx, s, func(c *client) error {
-			return c.setServiceAccountRole(ctx, r.ProjectID, g.account.ID, cmp.Or(r.ServiceAccountRole, "member"))
+			return c.setServiceAccountRole(ctx, r.ProjectID, l.ServiceAccountID, cmp.Or(r.ServiceAccountRole, "member"))
 		})
+		if err != nil {
+			return g, err
+		}
 	}
-	if err == nil {
-		g.step = "API key"
-		err = b.useClient(ctx, s, func(c *client) (err error) {
-			g.organizationID = c.config.OrganizationID
-			g.key, err = c.createAPIKey(ctx, r.ProjectID, g.account.ID, name, r.Scopes, expiresIn)
-			return err
-		})
-	}
-	if err != nil && r.ServiceAccountID != "" {
-		g.nothingLeft = notDone(err)
-	} else if err != nil {
-		g.nothingLeft = b.deleteCredential(ctx, s, &lease{ProjectID: r.ProjectID, ServiceAccountID: g.account.ID}) == nil
-	}
+	g.step = "API key"
+	err = b.useClient(ctx, s, func(c *client) (err error) {
+		if g.key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, name, r.Scopes, expiresIn); err == nil {
+			l.OrganizationID, l.APIKeyID = c.config.OrganizationID, g.key.ID
+		}
+		return err
+	})
 	return g, err
 }
 
@@ -1021,11 +1015,7 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		failed := failure(resp, err)
-		b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", "renew", "result", result(failed))
-		b.report(ctx, req, credRenewed, failed, l.log(start)...)
-	}()
+	defer func() { b.reportCredential(ctx, req, credRenewed, "renew", l, start, failure(resp, err)) }()
 	r, err := getRole(ctx, req.Storage, l.Role)
 	if err != nil {
 		return nil, err
@@ -1077,12 +1067,14 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *frame
 	callCtx, cancel := context.WithTimeout(ctx, revokeTimeout)
 	defer cancel()
 	err = b.deleteCredential(callCtx, req.Storage, l)
-	b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", "revoke", "result", result(err))
-	b.report(ctx, req, credRevoked, err, l.log(start)...)
+	b.reportCredential(ctx, req, credRevoked, "revoke", l, start, err)
 	if err == nil {
 		return nil, nil
 	}
-	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l)
+	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l, 1)
+	if timer, ok := b.settling.LoadAndDelete(l.WALID); ok && cleanupErr != nil {
+		timer.(*time.Timer).Stop() // that entry is all that remembers the credential
+	}
 	if cleanupErr == nil && failures >= maxRevokeFailures {
 		b.metrics.add(metricHandedOver, 1)
 		b.Logger().Error("revocation keeps failing: Vault is told that it is done, and the plugin tries until OpenAI confirms",

@@ -150,14 +150,6 @@ func noRotationManager(err error) bool {
 		strings.Contains(err.Error(), "Unimplemented"))
 }
 
-// manager returns who rotates on schedule.
-func (cfg *config) manager() string {
-	if cfg.RotationManager == "" {
-		return managerNone
-	}
-	return cfg.RotationManager
-}
-
 // nextRotation returns when the key is due: a time that has passed when it is overdue,
 // zero for never. With a window, times whose window had closed before now are left out.
 func (cfg *config) nextRotation(now time.Time) time.Time {
