@@ -155,6 +155,9 @@ func (t *throttle) limited(d time.Duration) {
 
 // sleep waits for d, or returns ctx's error when ctx ends first.
 func sleep(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {

@@ -222,14 +222,14 @@ func pathConfig(b *backend) []*framework.Path {
 			cfg, err := getConfig(ctx, req.Storage)
 			return cfg != nil, err
 		},
-		HelpSynopsis: configHelpSynopsis, HelpDescription: configHelpDescription,
+		HelpSynopsis: "Configure the Admin API key of the OpenAI organization and how it is rotated.", HelpDescription: configHelpDescription,
 	}, {
 		Pattern:      configPath + "/rotate",
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key", "Replace the admin API key by a new one and delete the old one.", rotated)),
 		},
-		HelpSynopsis: rotateHelpSynopsis, HelpDescription: rotateHelpDescription,
+		HelpSynopsis: "Replace the Admin API key by a new one and delete the old one.", HelpDescription: rotateHelpDescription,
 	}}
 }
 
@@ -524,7 +524,7 @@ func pathRoles(b *backend) []*framework.Path {
 			r, err := getRole(ctx, req.Storage, d.Get("name").(string))
 			return r != nil, err
 		},
-		HelpSynopsis: roleHelpSynopsis, HelpDescription: roleHelpDescription,
+		HelpSynopsis: "Manage what creds/<name> hands out.", HelpDescription: roleHelpDescription,
 	}}
 }
 
@@ -792,7 +792,7 @@ func pathCreds(b *backend) []*framework.Path {
 		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "credentials"},
 		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
 		Operations:   map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
-		HelpSynopsis: credsHelpSynopsis, HelpDescription: credsHelpDescription,
+		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
 	}}
 }
 
@@ -1103,7 +1103,7 @@ func pathMetrics(b *backend) []*framework.Path {
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ReadOperation: operation(b.metricsRead, "read", "metrics", "Read what this mount has counted on this node.", shown),
 		},
-		HelpSynopsis: metricsHelpSynopsis, HelpDescription: metricsHelpDescription,
+		HelpSynopsis: "Read what this mount has counted on this node.", HelpDescription: metricsHelpDescription,
 	}}
 }
 
@@ -1138,9 +1138,8 @@ what to hand out with "roles/<name>", and read keys from "creds/<name>". It rota
 its own Admin API key with "config/rotate" or on a schedule.
 `
 
-// The help texts of the paths.
+// The long help texts of the paths.
 const (
-	configHelpSynopsis    = "Configure the Admin API key of the OpenAI organization and how it is rotated."
 	configHelpDescription = `
 The write is proved against OpenAI before anything is stored, unless
 verify_connection=false. A later write changes the fields that it names and keeps the
@@ -1154,14 +1153,12 @@ Vault's rotation manager where there is one (Enterprise), else the plugin, which
 once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI, so
 that a stolen one ends by itself. The key is never returned.
 `
-	rotateHelpSynopsis    = "Replace the Admin API key by a new one and delete the old one."
 	rotateHelpDescription = `
 Makes a new Admin API key at OpenAI, proves it, stores it, and deletes the old one when
 the calls that use it have ended. After a failure config holds a key that works. An old
 key that could not be deleted is named in a warning and in config's pending_deletion,
 and is deleted later.
 `
-	roleHelpSynopsis    = "Manage what creds/<name> hands out."
 	roleHelpDescription = `
 A role names the OpenAI project (project_id), what its keys may do, how they are called
 (service_account_name_template) and how long their leases run (ttl, max_ttl). There are
@@ -1187,13 +1184,11 @@ With enforce_key_expiry (the default) OpenAI itself expires a key about a minute
 its lease, even if Vault is lost. Set it to false for gateways that do not know
 expires_in_seconds.
 `
-	credsHelpSynopsis    = "Make an API key under a new lease." // #nosec G101 -- a help text
 	credsHelpDescription = `
 Each read makes a new API key as the role says. The lease can be renewed up to the
 role's max_ttl; when it ends or is revoked the key's service account is deleted, and
 the key with it. Where the role names an existing account, only the key is deleted.
 `
-	metricsHelpSynopsis    = "Read what this mount has counted on this node."
 	metricsHelpDescription = `
 With format=prometheus the answer is Prometheus' text format, to be scraped through
 Vault with a token whose policy may read this path; else it is data, by metric and
