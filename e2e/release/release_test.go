@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"debug/buildinfo"
 	"encoding/json"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,16 +23,30 @@ import (
 
 const releaseVersion = "v0.2.0"
 
-// releaseName is that of the binary for this machine.
-var releaseName = harness.PluginName + "_" + releaseVersion + "_linux_" + runtime.GOARCH
+// allEnv, when set, tests the release for all platforms, which takes ten minutes more.
+const allEnv = "RELEASE_TEST_ALL"
+
+// binaryName is that of a released binary.
+func binaryName(platform string) string {
+	name := harness.PluginName + "_" + releaseVersion + "_" + strings.ReplaceAll(platform, "/", "_")
+	if strings.HasPrefix(platform, "windows/") {
+		name += ".exe"
+	}
+	return name
+}
 
 // TestReleaseIsReproducible makes the release twice, in other folders with other homes,
 // caches and settings, and then builds from the source archive as another user without a
-// network. For the sake of time it is the release for one platform.
+// network.
 func TestReleaseIsReproducible(t *testing.T) {
+	native := "linux/" + runtime.GOARCH
+	platforms := []string{native}
+	if os.Getenv(allEnv) != "" {
+		platforms = []string{"linux/amd64", "linux/arm64", "darwin/amd64", "darwin/arm64", "windows/amd64", "windows/arm64"}
+	}
 	first, second := copySource(t, filepath.Join(t.TempDir(), "a")), copySource(t, filepath.Join(t.TempDir(), "another", "folder"))
-	platform := "PLATFORMS=linux/" + runtime.GOARCH
-	run(t, script(t, first, []string{platform}, "scripts/release", releaseVersion))
+	only := "PLATFORMS=" + strings.Join(platforms, " ")
+	run(t, script(t, first, []string{only}, "scripts/release", releaseVersion))
 
 	// The tools are the same, which spares building them twice.
 	if err := os.CopyFS(filepath.Join(second, "bin", "tools"), os.DirFS(filepath.Join(first, "bin", "tools"))); err != nil {
@@ -40,27 +55,35 @@ func TestReleaseIsReproducible(t *testing.T) {
 	home := t.TempDir()
 	cache := filepath.Join(home, "cache")
 	run(t, script(t, second, []string{
-		platform, "HOME=" + home, "GOCACHE=" + cache, "GOMODCACHE=" + goEnv(t, "GOMODCACHE"),
+		only, "HOME=" + home, "GOCACHE=" + cache, "GOMODCACHE=" + goEnv(t, "GOMODCACHE"),
 		"USER=somebody", "TZ=Pacific/Auckland", "LC_ALL=C", "CGO_ENABLED=1", "GOFLAGS=-tags=mine -ldflags=-w", "GOAMD64=v2",
 	}, "scripts/release", releaseVersion))
 
 	dist := sums(t, filepath.Join(first, "dist"))
 	compare(t, "the second release", sums(t, filepath.Join(second, "dist")), dist)
-	for _, part := range []string{"_linux_" + runtime.GOARCH, "_linux_" + runtime.GOARCH + ".tar.gz",
-		"_linux_" + runtime.GOARCH + ".cdx.json", "_source.tar.gz", "_licenses.csv"} {
-		if dist[harness.PluginName+"_"+releaseVersion+part] == "" {
-			t.Errorf("SHA256SUMS does not list …%s", part)
+	prefix := harness.PluginName + "_" + releaseVersion
+	want := []string{prefix + "_licenses.csv", prefix + "_source.tar.gz"}
+	for _, platform := range platforms {
+		binary := binaryName(platform)
+		name, windows := strings.CutSuffix(binary, ".exe")
+		archive := name + ".tar.gz"
+		if windows {
+			archive = name + ".zip"
 		}
+		want = append(want, binary, archive, name+".cdx.json")
+		checkBuildInfo(t, filepath.Join(first, "dist", binary), platform, first, second, home)
+		checkBill(t, filepath.Join(first, "dist", name+".cdx.json"), dist[binary])
 	}
-	binary := filepath.Join(first, "dist", releaseName)
-	checkBuildInfo(t, binary, first, second, home)
-	checkBill(t, filepath.Join(first, "dist", releaseName+".cdx.json"), dist[releaseName])
+	slices.Sort(want)
+	if got := slices.Sorted(maps.Keys(dist)); !slices.Equal(got, want) {
+		t.Errorf("SHA256SUMS lists %v, want %v", got, want)
+	}
 
 	t.Run("Offline", func(t *testing.T) {
 		if os.Getuid() != 0 {
 			t.Skip("SKIPPED: only root can make a network namespace here: building offline is NOT tested")
 		}
-		testOffline(t, first, cache, dist[releaseName])
+		testOffline(t, first, cache, dist[binaryName(native)])
 	})
 }
 
@@ -70,7 +93,11 @@ func testOffline(t *testing.T, dir, cache, want string) {
 	source := t.TempDir()
 	run(t, exec.Command("tar", "-xzf", filepath.Join(dir, "dist", harness.PluginName+"_"+releaseVersion+"_source.tar.gz"), "-C", source))
 	source = filepath.Join(source, harness.PluginName+"_"+releaseVersion+"_source")
-	home := t.TempDir()
+	home, goroot := t.TempDir(), goEnv(t, "GOROOT")
+	if strings.HasPrefix(goroot, goEnv(t, "GOMODCACHE")) { // where nobody else may read
+		run(t, exec.Command("cp", "-R", goroot, filepath.Join(home, "go")))
+		goroot = filepath.Join(home, "go")
+	}
 	for _, own := range []string{filepath.Dir(source), home, filepath.Dir(cache)} {
 		run(t, exec.Command("chown", "-R", "65534:65534", own))
 		// t.TempDir is a folder in a folder of root's.
@@ -84,7 +111,8 @@ func testOffline(t *testing.T, dir, cache, want string) {
 		go test ./...`)
 	cmd.Dir = source
 	cmd.Env = append(cmd.Env, execEnv+"=65534", "HOME="+home, "GOCACHE="+cache, "GOMODCACHE="+filepath.Join(home, "none"),
-		"GOFLAGS=-mod=vendor", "GOPROXY=off", "GOTOOLCHAIN=local", "TMPDIR="+home)
+		"GOFLAGS=-mod=vendor", "GOPROXY=off", "GOTOOLCHAIN=local", "TMPDIR="+home,
+		"GOROOT="+goroot, "PATH="+filepath.Join(goroot, "bin")+":"+os.Getenv("PATH"))
 	output := run(t, cmd)
 	if !strings.Contains(output, "ok  \t"+harness.PluginName+"\t") {
 		t.Errorf("the unit tests did not run:\n%s", output)
@@ -180,32 +208,46 @@ func compare(t *testing.T, what string, got, want map[string]string) {
 	}
 }
 
-// checkBuildInfo checks that the binary shows its version and Go's, and nothing of who
-// built it.
-func checkBuildInfo(t *testing.T, binary string, never ...string) {
+// checkBuildInfo checks that what "go version -m" shows has the version, and nothing but
+// what the source and Go's release decide.
+func checkBuildInfo(t *testing.T, binary, platform string, never ...string) {
 	t.Helper()
 	info, err := buildinfo.ReadFile(binary)
 	if err != nil {
 		t.Fatal(err)
 	}
+	goos, goarch, _ := strings.Cut(platform, "/")
 	known := map[string]string{"-buildmode": "exe", "-compiler": "gc", "-tags": releaseVersion, "-trimpath": "true",
-		"CGO_ENABLED": "0", "GOOS": "linux", "GOARCH": runtime.GOARCH}
-	free := []string{"DefaultGODEBUG", "GOAMD64", "GOARM64"} // go.mod and scripts/build say what
+		"CGO_ENABLED": "0", "GOOS": goos, "GOARCH": goarch}
+	switch goarch {
+	case "amd64":
+		known["GOAMD64"] = "v1"
+	case "arm64":
+		known["GOARM64"] = "v8.0"
+	}
 	for _, setting := range info.Settings {
 		if want, ok := known[setting.Key]; ok {
 			if setting.Value != want {
-				t.Errorf("build information: %s: got %q, want %q", setting.Key, setting.Value, want)
+				t.Errorf("%s: build information: %s: got %q, want %q", platform, setting.Key, setting.Value, want)
 			}
 			delete(known, setting.Key)
-		} else if !slices.Contains(free, setting.Key) {
-			t.Errorf("build information has %s=%s", setting.Key, setting.Value)
+		} else if setting.Key != "DefaultGODEBUG" { // what go.mod's Go release decides
+			t.Errorf("%s: build information has %s=%s", platform, setting.Key, setting.Value)
+		}
+	}
+	if main := info.Main; main.Path != harness.PluginName || main.Version != "(devel)" || main.Sum != "" {
+		t.Errorf("%s: build information: got the main module %+v", platform, main)
+	}
+	for _, module := range info.Deps {
+		if module.Sum != "" || module.Replace != nil {
+			t.Errorf("%s: build information: got %+v, want no sum, which vendored modules lack", platform, module)
 		}
 	}
 	if len(known) > 0 {
-		t.Errorf("build information lacks %v", known)
+		t.Errorf("%s: build information lacks %v", platform, known)
 	}
 	if info.GoVersion != runtime.Version() {
-		t.Errorf("build information: got %s, want %s", info.GoVersion, runtime.Version())
+		t.Errorf("%s: build information: got %s, want %s", platform, info.GoVersion, runtime.Version())
 	}
 	text, err := os.ReadFile(binary)
 	if err != nil {
@@ -213,7 +255,7 @@ func checkBuildInfo(t *testing.T, binary string, never ...string) {
 	}
 	for _, path := range append(never, root, goEnv(t, "GOMODCACHE"), goEnv(t, "GOCACHE")) {
 		if bytes.Contains(text, []byte(path)) {
-			t.Errorf("the binary has the builder's path %s in it", path)
+			t.Errorf("%s: the binary has the builder's path %s in it", platform, path)
 		}
 	}
 }
