@@ -175,8 +175,10 @@ func TestRevokeWhatIsGone(t *testing.T) {
 // Leases, config and the plugin come back after the server was sealed, and after it was
 // killed.
 func TestSealAndRestart(t *testing.T) {
+	t.Parallel()
 	for _, version := range harness.Versions {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel()
 			e := newEngine(ownServer(t, version))
 			e.cli("write", e.mount+"/roles/app", "project_id="+project, "ttl=10m", "max_ttl=20m")
 			before := e.creds()
@@ -336,8 +338,10 @@ func TestBadInput(t *testing.T) {
 // A follower serves clients too, and takes over with all leases when the active node is
 // killed.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	for _, version := range harness.Versions {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel()
 			nodes, err := harness.StartCluster(t.Context(), options(version), 3)
 			if err != nil {
 				t.Fatal(err)

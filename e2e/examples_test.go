@@ -150,6 +150,7 @@ func TestExamplePolicies(t *testing.T) {
 // moment, while leases are renewed, run out and are followed by others.
 func TestAgentAndProxy(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v vault) {
+		t.Parallel() // the versions with each other
 		e := newEngine(v)
 		e.cli("write", e.mount+"/roles/app", "ttl=6s", "max_ttl=20s")
 		e.holding("application", "")

@@ -48,9 +48,9 @@ func (e *engine) leases() (int, error) {
 // raw_storage_endpoint.
 func (e *engine) remembered() (entries []string) {
 	e.t.Helper()
-	mount := e.json("secrets list", "-detailed")[e.mount+"/"].(map[string]any)
+	uuid := dig(e.api("GET", "sys/mounts/"+e.mount, nil, http.StatusOK), "data", "uuid")
 	for _, prefix := range []string{"wal/", "cleanup/"} {
-		_, answer, err := e.API(e.t.Context(), "LIST", fmt.Sprintf("sys/raw/logical/%s/%s", mount["uuid"], prefix), nil)
+		_, answer, err := e.API(e.t.Context(), "LIST", fmt.Sprintf("sys/raw/logical/%s/%s", uuid, prefix), nil)
 		if err != nil {
 			e.t.Fatal(err)
 		}

@@ -10,6 +10,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -63,6 +64,10 @@ func runTests(m *testing.M) int {
 			s.Close()
 		}
 	}()
+	// Tests that are parallel mostly wait; Go's own limit is the number of processors.
+	if err := flag.Set("test.parallel", "12"); err != nil {
+		return fail(err)
+	}
 	return m.Run()
 }
 

@@ -22,6 +22,7 @@ import (
 
 // The binary is replaced under the older plugin's storage and leases.
 func TestUpgradeInPlace(t *testing.T) {
+	t.Parallel()
 	binary := filepath.Join(pluginDir, "oldplugin")
 	build := exec.CommandContext(t.Context(), "go", "build", "-tags", "e2e", "-o", binary, "./oldplugin")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -33,6 +34,7 @@ func TestUpgradeInPlace(t *testing.T) {
 	}
 	for _, version := range harness.Versions {
 		t.Run(version, func(t *testing.T) {
+			t.Parallel()
 			server, err := harness.Start(t.Context(), options(version))
 			if err != nil {
 				t.Fatal(err)

@@ -41,7 +41,7 @@ import (
 const (
 	latency = 50 * time.Millisecond
 	rounds  = 3               // of measurements of throughput, taken in turns; an odd number
-	window  = 4 * time.Second // of one of them
+	window  = 3 * time.Second // of one of them
 	direct  = "proj_direct"   // the project of the direct calls
 )
 
