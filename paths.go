@@ -891,18 +891,7 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		err = errors.Join(issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
 	}
 	if err != nil {
-		// Also when ctx has ended: else rollback would have to look through the project's accounts.
-		undoCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-		defer cancel()
-		nothingLeft := notDone(err)
-		if l.key() != "" {
-			nothingLeft = b.deleteCredential(undoCtx, req.Storage, l) == nil
-		}
-		if nothingLeft {
-			if walErr := framework.DeleteWAL(undoCtx, req.Storage, l.WALID); walErr != nil {
-				b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", walErr)
-			}
-		}
+		b.undo(ctx, req.Storage, l, notDone(err))
 		return answerError("creating "+g.step, err)
 	}
 	b.settle(req.Storage, l.WALID)
@@ -929,6 +918,23 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		resp.AddWarning("OpenAI did not take over the key's expiry: only revocation ends this key")
 	}
 	return resp, nil
+}
+
+// undo deletes what a failed create has made, as far as l tells, and its write-ahead-log entry
+// when nothing is left; nothingMade: of what l does not tell there is nothing either. It also
+// works when ctx has ended: else rollback would have to look through the project's accounts.
+func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothingMade bool) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if l.key() != "" {
+		nothingMade = b.deleteCredential(ctx, s, l) == nil
+	}
+	if !nothingMade {
+		return // rollback's task
+	}
+	if err := framework.DeleteWAL(ctx, s, l.WALID); err != nil {
+		b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", err)
+	}
 }
 
 // leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for.
