@@ -49,7 +49,7 @@ type backend struct {
 	mu     sync.RWMutex
 	client *client // of the stored config; nil until it is needed. Guarded by mu.
 
-	settling sync.Map // write-ahead-log ids of issued credentials, to the timers that delete the entries
+	unsettled sync.Map // write-ahead-log ids of issued credentials whose entries must stay
 
 	sweepFrom string // the clean-up entry that the next sweep begins after; only periodic uses it
 }
@@ -247,12 +247,14 @@ func issued(ctx context.Context, s logical.Storage, l *lease, end time.Time) err
 
 // settle has the entry of an issued credential deleted when Vault has the lease for certain.
 func (b *backend) settle(s logical.Storage, walID string) {
-	b.settling.Store(walID, time.AfterFunc(settleTime, func() {
-		b.settling.Delete(walID)
+	time.AfterFunc(settleTime, func() {
+		if _, stays := b.unsettled.LoadAndDelete(walID); stays {
+			return
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), settleTime)
 		defer cancel()
 		_ = framework.DeleteWAL(ctx, s, walID) // what stays is harmless, see rollback
-	}))
+	})
 }
 
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault

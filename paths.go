@@ -1078,8 +1078,8 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *frame
 		return nil, nil
 	}
 	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l, 1)
-	if timer, ok := b.settling.LoadAndDelete(l.WALID); ok && cleanupErr != nil {
-		timer.(*time.Timer).Stop() // that entry is all that remembers the credential
+	if cleanupErr != nil && l.WALID != "" {
+		b.unsettled.Store(l.WALID, nil) // that entry, if there is one, is all that remembers the credential
 	}
 	if cleanupErr == nil && failures >= maxRevokeFailures {
 		b.metrics.add(metricHandedOver, 1)
