@@ -83,18 +83,36 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 				return readCreds(ctx, req.Storage, d.Get("name").(string), secret)
 			}, "name"),
 		path("nothing", logical.ReadOperation,
-			func(_ context.Context, _ *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+			func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
 				wait, err := time.ParseDuration(d.Get("wait").(string))
 				if err != nil {
 					return logical.ErrorResponse("wait: %s", err), nil
 				}
-				time.Sleep(wait)
+				if d.Get("log").(string) == "" {
+					time.Sleep(wait)
+				} else if err := logged(ctx, req.Storage, wait); err != nil {
+					return nil, err
+				}
 				resp := secret.Response(map[string]any{"api_key": "none"}, nil)
 				resp.Secret.TTL = time.Hour
 				return resp, nil
-			}, "wait"),
+			}, "wait", "log"),
 	}
 	return b, b.Setup(ctx, conf)
+}
+
+// logged waits as an engine does that keeps a write-ahead log: it puts an entry before,
+// replaces it after, and deletes it later.
+func logged(ctx context.Context, s logical.Storage, wait time.Duration) error {
+	entry := map[string]string{"name": "vault-app-0123456789", "project_id": "proj_sim"}
+	id, err := framework.PutWAL(ctx, s, "credential", entry)
+	if err != nil {
+		return err
+	}
+	time.Sleep(wait)
+	time.AfterFunc(10*time.Second, func() { framework.DeleteWAL(context.Background(), s, id) })
+	_, err = put(ctx, s, framework.WALPrefix+id, framework.WALEntry{Kind: "credential", Data: entry})
+	return err
 }
 
 func put(ctx context.Context, s logical.Storage, key string, value any) (*logical.Response, error) {
