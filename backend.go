@@ -207,8 +207,8 @@ const (
 
 const (
 	// walMinAge is how old an entry must be before it is rolled back. A request ends within
-	// requestTimeout and undoTimeout, so one that is older belongs to no request that may still succeed. It
-	// is short because disabling the mount throws younger entries away.
+	// requestTimeout and undoTimeout, so one that is older belongs to no request that may
+	// still succeed. It is short because disabling the mount throws younger entries away.
 	walMinAge = 2 * time.Minute
 	// walGrace is how long after its key must have expired the rollback of a credential is
 	// still tried.
