@@ -474,7 +474,7 @@ var (
 // never secret.
 func (b *backend) report(ctx context.Context, req *logical.Request, c change, err error, pairs ...any) {
 	log, text, observation, event := b.Logger().Info, c.log, c.observation, c.event
-	pairs = append(pairs, "request_id", req.ID)
+	pairs = append(pairs, "mount", req.MountPoint, "request_id", req.ID)
 	switch {
 	case err != nil:
 		pairs = append(pairs, "error", err.Error())

@@ -190,7 +190,7 @@ func pathConfig(b *backend) []*framework.Path {
 		"admin_key_ttl":     field(framework.TypeDurationSecond, "Life of the admin keys that rotation makes: at least twice the time between scheduled rotations, at most 365 days. Default 0: without end."),
 		"verify_connection": defaulted(framework.TypeBool, true, "Whether this write proves the key against OpenAI before it is stored: true or false. Not stored itself. Default true."),
 	}
-	automatedrotationutil.AddAutomatedRotationFields(fields)
+	addRotationFields(fields)
 	shown := fieldMap{
 		"admin_api_key_id":     required(framework.TypeString, "ID of the admin API key."),
 		"organization_id":      required(framework.TypeString, "ID of the organization."),
@@ -202,7 +202,7 @@ func pathConfig(b *backend) []*framework.Path {
 		"rotation_manager":     required(framework.TypeString, "Who rotates on schedule: vault, plugin or none."),
 		"pending_deletion":     required(framework.TypeCommaStringSlice, "IDs of replaced admin keys still to be deleted at OpenAI."),
 	}
-	automatedrotationutil.AddAutomatedRotationFields(shown)
+	addRotationFields(shown)
 	rotated := fieldMap{
 		"admin_api_key_id": required(framework.TypeString, "ID of the new admin API key."),
 		"rotated_time":     required(framework.TypeString, "When it was put to use (RFC 3339, UTC)."),
@@ -216,7 +216,7 @@ func pathConfig(b *backend) []*framework.Path {
 			logical.CreateOperation: write,
 			logical.UpdateOperation: write,
 			logical.ReadOperation:   operation(b.configRead, "read", "configuration", "Read the configuration, without the admin API key.", shown),
-			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration", "Delete the configuration. Leases can't be revoked without one.", nil)),
+			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration", "Delete the configuration. Leases are not revoked at OpenAI without one.", nil)),
 		},
 		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (bool, error) {
 			cfg, err := getConfig(ctx, req.Storage)
@@ -414,7 +414,7 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fra
 	b.setClient(nil)
 	b.report(ctx, req, configDeleted, nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
-	resp.AddWarning("leases can't be revoked until config is written again; the admin key itself still exists at OpenAI")
+	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key itself still exists there")
 	warnOfPending(resp, cfg.PendingDeletion)
 	return resp, nil
 }

@@ -57,6 +57,20 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 	return &keys[0], nil
 }
 
+// addRotationFields adds the fields of the SDK's helper, whose descriptions are of user names.
+func addRotationFields(fields fieldMap) {
+	automatedrotationutil.AddAutomatedRotationFields(fields)
+	for name, text := range map[string]string{
+		"rotation_period":            "Time between rotations of the admin key, a duration. Excludes rotation_schedule. Default: none.",
+		"rotation_schedule":          "Times of rotations of the admin key: cron with five fields, in UTC. Default: none.",
+		"rotation_window":            "How long after a scheduled time a rotation may still start: a duration of at least 1h, with rotation_schedule only. Default: none.",
+		"rotation_policy":            "Name of a rotation policy of Vault Enterprise. Default: none.",
+		"disable_automated_rotation": "Whether the schedule is suspended: true or false. Default false.",
+	} {
+		fields[name].Description = text
+	}
+}
+
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
 func (cfg *config) updateRotation(d *framework.FieldData) error {
 	// The helper takes the window only together with the schedule; a schedule that is
@@ -75,6 +89,10 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	switch {
 	case cfg.RotationPeriod != 0 && cfg.RotationSchedule != "":
 		return errors.New("rotation_period and rotation_schedule exclude each other: clear one with rotation_period=0 or rotation_schedule=\"\"")
+	case strings.Contains(cfg.RotationSchedule, "TZ="):
+		return errors.New("rotation_schedule is in UTC and takes no time zone")
+	case cfg.RotationSchedule != "" && !cfg.DisableAutomatedRotation && cfg.nextRotation(time.Now()).IsZero():
+		return errors.New("rotation_schedule has no time to come")
 	case cfg.RotationWindow != 0:
 		if err := rotation.DefaultScheduler.ValidateRotationWindow(int(cfg.RotationWindow.Seconds())); err != nil {
 			return err

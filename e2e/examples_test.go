@@ -143,6 +143,11 @@ func TestExamplePolicies(t *testing.T) {
 				t.Errorf("application: %s: got %d %v (%v)", action, status, answer["errors"], err)
 			}
 		}
+		_, answer, _ = app.API(t.Context(), "GET", "openai/creds/app", nil)
+		lease, _ := answer["lease_id"].(string)
+		if result := app.CLI(t.Context(), "lease", "revoke", lease); result.Code != 0 {
+			t.Errorf("application: vault lease revoke: %s", result.Stderr)
+		}
 	})
 }
 

@@ -10,3 +10,8 @@ path "openai/creds/my-role" {
 path "sys/leases/revoke" {
   capabilities = ["update"]
 }
+
+# The same for the CLI, which puts the ID into the path.
+path "sys/leases/revoke/openai/creds/my-role/*" {
+  capabilities = ["update"]
+}
