@@ -51,7 +51,7 @@ e2e: ## Run the end-to-end tests against real Vault servers (built once, some mi
 	$(GO) run ./scripts/gotest -tags e2e -count=1 -timeout 60m -p 1 ./e2e/...
 
 bench: ## Run the benchmarks, then measure on a real server (minutes)
-	@$(GO) test -run '^$$' -bench . -benchmem ./... | awk '/^Benchmark/ { n++ } { print } END { if (!n) { print "no benchmark ran" > "/dev/stderr"; exit 1 } }'
+	@$(GO) test -run '^$$' -bench . -benchmem ./... | awk '/^Benchmark/ { n++ } /^(panic|FAIL)/ { bad = 1 } { print } END { if (bad || !n) { print "a benchmark failed, or none ran" > "/dev/stderr"; exit 1 } }'
 	@$(GO) run -tags e2e ./e2e/bench
 
 fuzz: ## Run each fuzz target for a while (FUZZTIME=10s each)

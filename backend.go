@@ -326,7 +326,7 @@ func (b *backend) rollbackCredential(ctx context.Context, s logical.Storage, p p
 }
 
 const (
-	// cleanupPrefix is where what a failing revocation left at OpenAI is remembered.
+	// cleanupPrefix is where credentials are remembered that are still to be deleted at OpenAI.
 	cleanupPrefix = "cleanup/"
 	// maxRevokeFailures is after how many failures the plugin takes a revocation over. Vault
 	// gives up at its sixth, and would then try once a day.
@@ -335,7 +335,8 @@ const (
 	sweepWorkers      = 16
 )
 
-// cleanup is the storage entry "cleanup/<id>" of a credential that could not be revoked.
+// cleanup is the storage entry "cleanup/<id>" of a credential whose revocation failed, or whose
+// lease Vault may never have stored.
 type cleanup struct {
 	lease
 	Failures int `json:"failures"`
@@ -589,17 +590,19 @@ func newMetrics() *metrics {
 
 // add counts n more. labels are names and values.
 func (m *metrics) add(name string, n float64, labels ...string) {
+	text := labelText(labels)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if _, ok := m.series[name][labelText(labels)]; !ok {
+	if _, ok := m.series[name][text]; !ok {
 		if m.size++; m.size > maxSeries && name == metricCredentials {
 			labels[1] = "other"
+			text = labelText(labels)
 		}
 		if m.series[name] == nil {
 			m.series[name] = map[string]float64{}
 		}
 	}
-	m.series[name][labelText(labels)] += n
+	m.series[name][text] += n
 }
 
 var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)

@@ -2567,7 +2567,7 @@ func BenchmarkCreds(b *testing.B) {
 
 // BenchmarkMetricsAdd counts on all processors at once, as requests do.
 func BenchmarkMetricsAdd(b *testing.B) {
-	m := &metrics{}
+	m := newMetrics()
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {

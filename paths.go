@@ -956,7 +956,7 @@ func (b *backend) leaseTTL(r *role, d *framework.FieldData) (ttl time.Duration, 
 type grant struct {
 	account string // its name
 	key     *apiKey
-	step    string // what was made last, for errors
+	step    string // what was being made, for errors
 }
 
 // create makes what the role says: a key on an account of its own (one call), a key on an
