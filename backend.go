@@ -49,6 +49,8 @@ type backend struct {
 	mu     sync.RWMutex
 	client *client // of the stored config; nil until it is needed. Guarded by mu.
 
+	roles atomic.Pointer[roleCache]
+
 	unsettled sync.Map // write-ahead-log ids of issued credentials whose entries must stay
 
 	sweepFrom string // the clean-up entry that the next sweep begins after; only periodic uses it
@@ -69,6 +71,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper) *backend {
 	b := &backend{transport: transport, throttle: newThrottle(), metrics: newMetrics()}
+	b.forgetRoles()
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
 		return err != nil || strings.HasPrefix(env.GetVaultVersionMetadata(), "ent")
@@ -130,8 +133,11 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 
 // invalidate drops what is cached of a storage entry that another node has changed.
 func (b *backend) invalidate(_ context.Context, key string) {
-	if key == configPath {
+	switch {
+	case key == configPath:
 		b.setClient(nil)
+	case strings.HasPrefix(key, rolePrefix):
+		b.forgetRoles()
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -464,6 +465,44 @@ func getRole(ctx context.Context, s logical.Storage, name string) (*role, error)
 	return r, nil
 }
 
+// roleCache holds the roles that credentials were read from lately. A change throws all of it
+// away, so that what was read from storage before the change is not found after it.
+type roleCache struct {
+	sync.Map // of *cachedRole, by name
+	made     time.Time
+}
+
+// cachedRole is a role and its mount's maximum TTL; 0: none.
+type cachedRole struct {
+	*role
+	mountMaxTTL time.Duration
+}
+
+// roleCacheTime is how long a roleCache is used, and so how late a change of the mount's
+// maximum TTL is seen. A change of a role is seen at once.
+const roleCacheTime = 10 * time.Second
+
+func (b *backend) forgetRoles() { b.roles.Store(&roleCache{made: time.Now()}) }
+
+// cachedRole returns a role to read credentials from; nil when there is none.
+func (b *backend) cachedRole(ctx context.Context, s logical.Storage, name string) (*cachedRole, error) {
+	cache := b.roles.Load()
+	if time.Since(cache.made) > roleCacheTime {
+		cache = &roleCache{made: time.Now()}
+		b.roles.Store(cache)
+	}
+	if r, ok := cache.Load(name); ok {
+		return r.(*cachedRole), nil
+	}
+	r, err := getRole(ctx, s, name)
+	if err != nil || r == nil {
+		return nil, err
+	}
+	cached := &cachedRole{r, b.System().MaxLeaseTTL()}
+	cache.Store(name, cached)
+	return cached, nil
+}
+
 // newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.
 func newRole() *role {
 	return &role{
@@ -545,6 +584,7 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framewo
 }
 
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	defer b.forgetRoles()
 	name := d.Get("name").(string)
 	if err := req.Storage.Delete(ctx, rolePrefix+name); err != nil {
 		return nil, fmt.Errorf("deleting role %q: %w", name, err)
@@ -556,6 +596,7 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *frame
 // roleWrite stores what the request names over what is there. Nothing is stored unless
 // all of it is right, as OpenAI sees it too; only an OpenAI that can't be asked is let pass.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+	defer b.forgetRoles()
 	name := d.Get("name").(string)
 	r, err := getRole(ctx, req.Storage, name)
 	if err != nil {
@@ -855,7 +896,7 @@ func secretAPIKey(b *backend) *framework.Secret {
 // key until its lease's end, and without that nothing is handed out.
 func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (resp *logical.Response, err error) {
 	roleName := d.Get("name").(string)
-	r, err := getRole(ctx, req.Storage, roleName)
+	r, err := b.cachedRole(ctx, req.Storage, roleName)
 	if err != nil {
 		return nil, err
 	}
@@ -866,11 +907,11 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	l := &lease{ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyOnly: r.ServiceAccountID != ""}
 	defer func() { b.reportCredential(ctx, req, credIssued, "issue", l, start, failure(resp, err)) }()
 
-	ttl, warning, err := b.leaseTTL(r, d)
+	ttl, warning, err := r.leaseTTL(d)
 	if err != nil {
 		return logical.ErrorResponse(err.Error()), nil
 	}
-	name, err := b.credentialName(ctx, req, roleName, r)
+	name, err := b.credentialName(ctx, req, roleName, r.role)
 	if err != nil {
 		return answerError("naming the service account", err)
 	}
@@ -885,7 +926,7 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	if err != nil {
 		return nil, fmt.Errorf("writing write-ahead log: %w", err)
 	}
-	g, err := b.create(ctx, req.Storage, r, name, expiresIn, l)
+	g, err := b.create(ctx, req.Storage, r.role, name, expiresIn, l)
 	if err == nil {
 		// Vault drops the answer to a request that has ended, and then knows of no lease.
 		err = errors.Join(issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
@@ -939,14 +980,14 @@ func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothing
 
 // leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for.
 // Its error is the caller's.
-func (b *backend) leaseTTL(r *role, d *framework.FieldData) (ttl time.Duration, warning string, err error) {
+func (r *cachedRole) leaseTTL(d *framework.FieldData) (ttl time.Duration, warning string, err error) {
 	ttl = r.TTL
 	setSeconds(d, "ttl", &ttl)
 	if ttl <= 0 || ttl > r.MaxTTL {
 		return 0, "", fmt.Errorf("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL)
 	}
 	// Vault would shorten the lease behind our back, and the key would outlive it.
-	if limit := b.System().MaxLeaseTTL(); limit > 0 && ttl > limit {
+	if limit := r.mountMaxTTL; limit > 0 && ttl > limit {
 		return limit, fmt.Sprintf("ttl of %s is more than the mount's maximum and was shortened to %s", ttl, limit), nil
 	}
 	return ttl, "", nil
