@@ -206,36 +206,42 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, fn func(*cli
 
 // Kinds of write-ahead-log entries.
 const (
-	walCredential = "credential"        // data: pendingCredential
+	walCredential = "credential"        // data: pendingCredentials
 	walIssued     = "issued_credential" // data: issuedCredential
 	walAdminKey   = "admin_api_key"     // data: pendingAdminKey
 )
 
 const (
 	// walMinAge is how old an entry must be before it is rolled back. A request ends within
-	// requestTimeout and undoTimeout, so one that is older belongs to no request that may
-	// still succeed. It is short because disabling the mount throws younger entries away.
+	// requestTimeout and undoTimeout, and begins within reserveTime of its entry, so one that
+	// is older belongs to no request that may still succeed. It is short because disabling the
+	// mount throws younger entries away.
 	walMinAge = 2 * time.Minute
-	// walGrace is how long after its key must have expired the rollback of a credential is
+	// walGrace is how long after its keys must have expired the rollback of credentials is
 	// still tried.
 	walGrace = 24 * time.Hour
 	// settleTime is how long after the plugin's answer Vault has its lease for certain. If it
 	// can't store the lease, it revokes the credential at once.
 	settleTime = 10 * time.Second
+	// reserveTime is how long names can be taken from a reservation, which has at most
+	// maxReserved of them.
+	reserveTime = 5 * time.Second
+	maxReserved = 32
 )
 
-// pendingCredential is written before an account or a key is made. Names are unique; ids
-// are not known yet.
-type pendingCredential struct {
+// pendingCredentials is written before accounts or keys are made. Names are unique; ids are
+// not known yet.
+type pendingCredentials struct {
 	ProjectID        string    `json:"project_id"`
-	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only a key is made
-	Name             string    `json:"name"`
-	Expires          time.Time `json:"expires,omitzero"` // the key does not outlive this; zero: it may
+	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only keys are made
+	Names            []string  `json:"names"`
+	Expires          time.Time `json:"expires,omitzero"` // no key outlives this; zero: it may
 }
 
-// issuedCredential replaces the pendingCredential before the credential is handed out, and
-// is deleted settleTime later. Where the process or Vault ends between the two, the lease may
-// never have been stored: then the entry lives until the lease's end. A renewal deletes it too.
+// issuedCredential is written before a credential is handed out, under its name. It keeps
+// rollback from deleting the credential, and itself is deleted when its pendingCredentials are
+// gone and Vault has the lease for certain. Where the process or Vault ends before, the lease
+// may never have been stored: then the entry lives until the lease's end.
 type issuedCredential struct {
 	lease
 	LeaseEnd time.Time `json:"lease_end"` // by then a lease has been renewed or revoked
@@ -244,22 +250,102 @@ type issuedCredential struct {
 // errNotDue keeps an issuedCredential, which may well be in use.
 var errNotDue = errors.New("the lease may still be in use")
 
-// issued replaces the entry of a pending credential.
-func issued(ctx context.Context, s logical.Storage, l *lease, end time.Time) error {
-	return putJSON(ctx, s, framework.WALPrefix+l.WALID, framework.WALEntry{
-		Kind: walIssued, Data: issuedCredential{*l, end}, CreatedAt: time.Now().Unix(),
-	})
+// putWAL is framework.PutWAL under an id of our own, which may be there already.
+func putWAL(ctx context.Context, s logical.Storage, id, kind string, data any) error {
+	return putJSON(ctx, s, framework.WALPrefix+id, framework.WALEntry{Kind: kind, Data: data, CreatedAt: time.Now().Unix()})
 }
 
-// settle has the entry of an issued credential deleted when Vault has the lease for certain.
-func (b *backend) settle(s logical.Storage, walID string) {
-	time.AfterFunc(settleTime, func() {
-		if _, stays := b.unsettled.LoadAndDelete(walID); stays {
-			return
+func putIssued(ctx context.Context, s logical.Storage, l *lease, end time.Time) error {
+	return putWAL(ctx, s, l.WALID, walIssued, issuedCredential{*l, end})
+}
+
+// reservation is an entry of pendingCredentials under way, guarded by its role's mu. Reads of
+// a role that follow each other closely share one, so that few wait for Vault to store it.
+type reservation struct {
+	pendingCredentials
+	walID string
+	taken int         // of its names
+	open  int         // credentials whose end is not known yet, and 1 while names can be taken
+	lost  []string    // names under which something may be left at OpenAI
+	timer *time.Timer // ends the taking of names
+}
+
+// perRead matches templates whose names may depend on who asks, or when.
+var perRead = regexp.MustCompile(`\.DisplayName|time|\.[^A-Z]|\$`)
+
+// reserve returns a name for a new credential that is in the write-ahead log. A reservation has
+// up to twice as many names as were taken from the one before. The caller calls release.
+func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRole) (res *reservation, name string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if res = r.reserved; res == nil || res.taken == len(res.Names) {
+		count := 1
+		if res != nil && !perRead.MatchString(r.ServiceAccountNameTemplate) {
+			count = min(2*res.taken, maxReserved)
 		}
+		res = &reservation{open: 1}
+		res.ProjectID, res.ServiceAccountID = r.ProjectID, r.ServiceAccountID
+		if !r.UnexpiringKeys {
+			res.Expires = time.Now().Add(reserveTime + requestTimeout + r.MaxTTL + keyGrace)
+		}
+		for range count {
+			if name, err = b.credentialName(ctx, req, r); err != nil {
+				return nil, "", err
+			}
+			res.Names = append(res.Names, name)
+		}
+		if res.walID, err = framework.PutWAL(ctx, req.Storage, walCredential, res.pendingCredentials); err != nil {
+			return nil, "", fmt.Errorf("writing write-ahead log: %w", err)
+		}
+		r.reserved = res
+		res.timer = time.AfterFunc(reserveTime, func() {
+			b.release(req.Storage, r, res, func() { res.Names = res.Names[:res.taken] })
+		})
+	}
+	name = res.Names[res.taken]
+	res.taken++
+	res.open++
+	if res.taken == len(res.Names) && res.timer.Stop() {
+		res.open--
+	}
+	return res, name, nil
+}
+
+// release ends one use of a reservation, after note; the last one has it settled.
+func (b *backend) release(s logical.Storage, r *cachedRole, res *reservation, note func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	note()
+	if res.open--; res.open == 0 {
+		time.AfterFunc(time.Second, func() { b.settle(s, res) }) // not while Vault stores the lease
+	}
+}
+
+// settle takes a reservation out of the write-ahead log, but what rollback has to look for.
+// Entries of what was issued follow later: they must be there for as long as the reservation's
+// names them, and until Vault has the leases.
+func (b *backend) settle(s logical.Storage, res *reservation) {
+	ctx, cancel := context.WithTimeout(context.Background(), settleTime)
+	defer cancel()
+	var err error
+	if len(res.lost) == 0 {
+		err = framework.DeleteWAL(ctx, s, res.walID)
+	} else {
+		left := res.pendingCredentials
+		left.Names = res.lost
+		err = putWAL(ctx, s, res.walID, walCredential, left)
+	}
+	if err != nil {
+		return // rollback can do with what is there
+	}
+	time.AfterFunc(settleTime, func() {
 		ctx, cancel := context.WithTimeout(context.Background(), settleTime)
 		defer cancel()
-		_ = framework.DeleteWAL(ctx, s, walID) // what stays is harmless, see rollback
+		for _, name := range res.Names {
+			if _, stays := b.unsettled.LoadAndDelete(name); !stays {
+				_ = framework.DeleteWAL(ctx, s, name) // what stays is harmless, see rollback
+			}
+		}
 	})
 }
 
@@ -270,11 +356,11 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 	if err != nil {
 		return err // the tick is over: not worth a line in the log
 	}
-	var pending pendingCredential
+	var pending pendingCredentials
 	switch kind {
 	case walCredential:
 		if err = decode(data, &pending); err == nil {
-			err = b.rollbackCredential(ctx, req.Storage, pending)
+			err = b.rollbackCredentials(ctx, req.Storage, pending)
 		}
 	case walIssued:
 		var p issuedCredential
@@ -294,8 +380,8 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 	}
 	b.metrics.add(metricRollbacks, 1, "kind", kind, "result", result(err))
 	if err != nil && !pending.Expires.IsZero() && time.Since(pending.Expires) > walGrace {
-		b.Logger().Error("gave up a rollback: the key has expired, but its account may still exist",
-			"project_id", pending.ProjectID, "name", pending.Name, "error", err)
+		b.Logger().Error("gave up a rollback: the keys have expired, but their accounts may still exist",
+			"project_id", pending.ProjectID, "names", pending.Names, "error", err)
 		return nil
 	}
 	if err != nil {
@@ -313,11 +399,24 @@ func decode(data, out any) error {
 	return err
 }
 
-// rollbackCredential deletes the account or key of a create whose end nobody saw. Finding
-// none is success: it was never made, or went with its project.
-func (b *backend) rollbackCredential(ctx context.Context, s logical.Storage, p pendingCredential) error {
+// rollbackCredentials deletes the accounts or keys of creates whose end nobody saw. Finding
+// none is success: they were never made, or went with their project.
+func (b *backend) rollbackCredentials(ctx context.Context, s logical.Storage, p pendingCredentials) error {
+	var names []string
+	for _, name := range p.Names {
+		issued, err := framework.GetWAL(ctx, s, name)
+		if err != nil {
+			return fmt.Errorf("reading write-ahead log: %w", err)
+		}
+		if issued == nil {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
 	return b.useClient(ctx, s, func(c *client) error {
-		found, err := c.credentialsNamed(ctx, p.ProjectID, p.ServiceAccountID, p.Name)
+		found, err := c.credentialsNamed(ctx, p.ProjectID, p.ServiceAccountID, names)
 		if c.projectGone(ctx, p.ProjectID, err) {
 			return nil
 		}
@@ -325,7 +424,7 @@ func (b *backend) rollbackCredential(ctx context.Context, s logical.Storage, p p
 			if err := c.deleteCredential(ctx, &l); err != nil {
 				return fmt.Errorf("deleting %q: %w", l.key(), err)
 			}
-			b.Logger().Info("rolled back a credential that was never handed out", "project_id", p.ProjectID, "name", p.Name, "id", l.key())
+			b.Logger().Info("rolled back a credential that was never handed out", "project_id", p.ProjectID, "id", l.key())
 		}
 		return err
 	})

@@ -208,18 +208,26 @@ func (e *env) keys(prefix string) []string {
 }
 
 // pending returns the write-ahead-log entries but those of credentials that were handed out.
+// It gives those of pending credentials the time that their reservations may take.
 func (e *env) pending() (ids []string) {
 	e.t.Helper()
-	for _, id := range e.keys(framework.WALPrefix) {
-		entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
-		if err != nil {
-			e.t.Fatal(err)
+	for end := time.Now().Add(reserveTime + 2*time.Second); ; time.Sleep(100 * time.Millisecond) {
+		ids = nil
+		reserved := false
+		for _, id := range e.keys(framework.WALPrefix) {
+			entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
+			if err != nil {
+				e.t.Fatal(err)
+			}
+			if entry != nil && entry.Kind != walIssued {
+				ids = append(ids, id)
+				reserved = reserved || entry.Kind == walCredential
+			}
 		}
-		if entry != nil && entry.Kind != walIssued {
-			ids = append(ids, id)
+		if !reserved || time.Now().After(end) {
+			return ids
 		}
 	}
-	return ids
 }
 
 // put stores an entry as it is.
@@ -1597,21 +1605,23 @@ func TestOlderPlugin(t *testing.T) {
 
 // TestKeyLifePolicy: where OpenAI caps a key's life, the error says which fields to change.
 func TestKeyLifePolicy(t *testing.T) {
-	for _, scopes := range []string{"", "api.a.read"} {
-		e := newConfiguredEnv(t)
-		e.sim.SetMaxKeyLife(600)
-		for _, role := range []map[string]any{
-			{"scopes": scopes}, {"scopes": scopes, "enforce_key_expiry": false}, {"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")},
-		} {
-			e.ok(logical.UpdateOperation, "roles/web", role)
-			e.refused(logical.ReadOperation, "creds/web", nil, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
+	synctest.Test(t, func(t *testing.T) {
+		for _, scopes := range []string{"", "api.a.read"} {
+			e := newConfiguredEnv(t)
+			e.sim.SetMaxKeyLife(600)
+			for _, role := range []map[string]any{
+				{"scopes": scopes}, {"scopes": scopes, "enforce_key_expiry": false}, {"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")},
+			} {
+				e.ok(logical.UpdateOperation, "roles/web", role)
+				e.refused(logical.ReadOperation, "creds/web", nil, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
+			}
+			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": true})
+			e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": 540})
+			if got, wal := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending(); len(got) != 1 || len(wal) != 0 {
+				t.Errorf("got accounts %v and write-ahead log %v, want the existing account only", got, wal)
+			}
 		}
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": true})
-		e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": 540})
-		if got, wal := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending(); len(got) != 1 || len(wal) != 0 {
-			t.Errorf("got accounts %v and write-ahead log %v, want the existing account only", got, wal)
-		}
-	}
+	})
 }
 
 // TestConcurrent issues and revokes keys on an existing account and accounts of their own,
@@ -1780,7 +1790,7 @@ func TestScopedFaults(t *testing.T) {
 							t.Errorf("got a key with scopes %q", k.Scopes)
 						}
 					}
-					accounts, pending := e.sim.ServiceAccounts(openaisim.DefaultProject), e.keys(framework.WALPrefix)
+					accounts, pending := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending()
 					if step > 0 && name != "hanging" && len(accounts)+len(pending) != 0 || len(accounts) > len(pending) {
 						t.Errorf("got accounts %v and %d entries in the write-ahead log", accounts, len(pending))
 					}
@@ -2777,7 +2787,7 @@ func (e *env) oneKey() {
 // nothingPending fails the test if there are write-ahead-log or clean-up entries.
 func (e *env) nothingPending() {
 	e.t.Helper()
-	if got := append(e.pending(), e.keys(cleanupPrefix)...); len(got) != 0 {
+	if got := append(e.keys(cleanupPrefix), e.pending()...); len(got) != 0 {
 		e.t.Errorf("write-ahead-log and clean-up entries: got %d, want none", len(got))
 	}
 }
@@ -3165,23 +3175,25 @@ func TestRotationWaitsForCalls(t *testing.T) {
 
 // TestRotatedElsewhere: a call whose key another node has rotated away, even twice, goes on with the new one.
 func TestRotatedElsewhere(t *testing.T) {
-	e := newConfiguredEnv(t)
-	other := *e
-	other.restart()
-	rotations := 2
-	e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
-		if req.Method == http.MethodPost && rotations > 0 {
-			rotations--
-			other.ok(logical.UpdateOperation, "config/rotate", nil)
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		other := *e
+		other.restart()
+		rotations := 2
+		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
+			if req.Method == http.MethodPost && rotations > 0 {
+				rotations--
+				other.ok(logical.UpdateOperation, "config/rotate", nil)
+			}
+			return e.sim.Transport().RoundTrip(req)
+		}))
+		e.creds("web")
+		if got := e.countCalls(http.MethodPost, "/service_accounts"); got != 3 {
+			t.Errorf("creations: got %d, want the third to succeed", got)
 		}
-		return e.sim.Transport().RoundTrip(req)
-	}))
-	e.creds("web")
-	if got := e.countCalls(http.MethodPost, "/service_accounts"); got != 3 {
-		t.Errorf("creations: got %d, want the third to succeed", got)
-	}
-	e.oneKey()
-	e.accounts(1)
+		e.oneKey()
+		e.accounts(1)
+	})
 }
 
 // TestRotationUnderLoad: issuing and revoking never notices rotations.
@@ -3725,7 +3737,7 @@ func TestIssued(t *testing.T) {
 				}
 				return nil
 			})
-			time.Sleep(settleTime + time.Second)
+			time.Sleep(2 * settleTime)
 			e.storage.setFault(nil)
 		},
 	} {
@@ -3749,7 +3761,7 @@ func TestIssued(t *testing.T) {
 						t.Errorf("write-ahead-log entries: got %d, want 3", len(got))
 					}
 					e.storage.setFault(func(verb, key string) error {
-						if verb == "delete" {
+						if verb == "put" {
 							return errors.New("storage fault")
 						}
 						return nil
@@ -3763,12 +3775,6 @@ func TestIssued(t *testing.T) {
 						t.Fatal(err)
 					}
 					renewed.Secret.InternalData = resp.Secret.InternalData
-					count := e.storageCalls()
-					e.renew(renewed.Secret)
-					if len(count) != 1 || count["get"] != 1 {
-						t.Errorf("storage operations of a second renewal: got %v, want one get", count)
-					}
-					e.storage.setFault(nil)
 					time.Sleep(10 * time.Minute)
 					e.revoke(expired.Secret)
 					e.ticks(30 * time.Minute)
@@ -3784,7 +3790,17 @@ func TestIssued(t *testing.T) {
 					if e.sim.Use(lost.Data["api_key"].(string)) {
 						t.Error("the key without a lease is accepted")
 					}
+					// The longest life that a lease can have now is more than it was at the renewal.
+					e.ok(logical.UpdateOperation, "roles/web", map[string]any{"max_ttl": "48h"})
+					for range 27 {
+						e.renew(renewed.Secret)
+						e.ticks(55 * time.Minute)
+					}
+					if !e.sim.Use(renewed.Data["api_key"].(string)) {
+						t.Error("the key that was renewed past the longest life of before is not accepted")
+					}
 					e.revoke(renewed.Secret)
+					e.ticks(48 * time.Hour)
 					if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != there {
 						t.Errorf("accounts in the end: got %d, want %d", got, there)
 					}
@@ -3804,8 +3820,8 @@ func TestIssued(t *testing.T) {
 func TestIssuedSettles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEnv(t)
-		e.creds("web")
-		time.Sleep(settleTime - time.Second)
+		resp := e.creds("web")
+		time.Sleep(settleTime)
 		if got := e.keys(framework.WALPrefix); len(got) != 1 {
 			t.Errorf("write-ahead-log entries before: got %d, want 1", len(got))
 		}
@@ -3813,8 +3829,178 @@ func TestIssuedSettles(t *testing.T) {
 		if got := e.keys(framework.WALPrefix); len(got) != 0 {
 			t.Errorf("write-ahead-log entries after: got %d, want none", len(got))
 		}
+		again, err := e.lease(logical.RenewOperation, resp.Secret)
+		if failure(again, err) != nil {
+			t.Fatal(err)
+		}
+		again.Secret.IssueTime = resp.Secret.IssueTime
+		count := e.storageCalls()
+		e.renew(again.Secret)
+		if want := map[string]int{"get": 1}; !maps.Equal(count, want) {
+			t.Errorf("storage operations of a second renewal: got %v, want %v", count, want)
+		}
 		e.accounts(1)
 	})
+}
+
+// TestReservations: reads that follow each other closely share entries of the write-ahead log,
+// of as many names as they need; single reads have their own.
+func TestReservations(t *testing.T) {
+	reserved := func(e *env) (names []int) { // of each entry
+		for _, id := range e.keys(framework.WALPrefix) {
+			entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var p pendingCredentials
+			if err := decode(entry.Data, &p); entry.Kind == walCredential && err == nil {
+				names = append(names, len(p.Names))
+			}
+		}
+		slices.Sort(names)
+		return names
+	}
+	expect := func(t *testing.T, when string, got, want []int) {
+		t.Helper()
+		if !slices.Equal(got, want) {
+			t.Errorf("names of the entries %s: got %v, want %v", when, got, want)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		count := e.storageCalls()
+		for range 100 {
+			e.creds("web")
+		}
+		if count["put"] != 100+8 { // 1, 2, 4, 8, 16, 32, 32, 32
+			t.Errorf("puts for 100 credentials: got %d, want 108", count["put"])
+		}
+		expect(t, "at once", reserved(e), []int{1, 2, 4, 8, 16, 32, 32, 32})
+		time.Sleep(3 * time.Second)
+		expect(t, "when all but the last are used up", reserved(e), []int{32})
+		time.Sleep(4 * time.Second)
+		expect(t, "when nobody came", reserved(e), nil)
+		e.creds("web")
+		expect(t, "of twice as many as were taken", reserved(e), []int{10}) // 5 of the last 32
+		time.Sleep(roleCacheTime)
+		e.creds("web")
+		expect(t, "of a single read", reserved(e), []int{1})
+		e.accounts(102)
+	})
+	for _, template := range []string{"{{.DisplayName}}-{{.RandomSuffix}}", "{{unix_time}}-{{.RandomSuffix}}", "{{timestamp \"2006\"}}-{{.RandomSuffix}}", "{{.}}-{{.RandomSuffix}}", "{{with $}}{{.}}{{end}}-{{.RandomSuffix}}"} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_name_template": template})
+			for _, who := range []string{"alice", "bob", "carol"} {
+				e.who = who
+				if got := e.creds("web").Data["service_account"].(string); strings.Contains(template, "Display") && !strings.HasPrefix(got, who) {
+					t.Errorf("name for %s: got %s", who, got)
+				}
+			}
+			expect(t, "of "+template, reserved(e), []int{1, 1, 1})
+		})
+	}
+	// Names belong to the role as it was.
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.sim.AddProject("proj_other", "other")
+		e.creds("web")
+		e.creds("web")
+		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"project_id": "proj_other"})
+		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Path: "service_accounts$", Process: true})
+		if err := failure(e.do(logical.ReadOperation, "creds/web", nil)); err == nil {
+			t.Error("creds: got success, want an error")
+		}
+		e.crash()
+		e.ticks(4 * time.Minute)
+		if got := e.sim.ServiceAccounts("proj_other"); len(got) != 0 {
+			t.Errorf("accounts in the other project: got %v, want none", got)
+		}
+		e.accounts(2)
+	})
+}
+
+// TestSharedReservation: of credentials that share an entry, one was issued, one was issued and
+// renewed, one was lost at OpenAI or still is under way, and one was never made. Whenever the
+// process ends, and whatever storage then does not take, the issued ones stay and the lost one goes.
+func TestSharedReservation(t *testing.T) {
+	all := func(verb, key string) error { return errors.New("storage fault") }
+	for name, fault := range map[string]func(verb, key string) error{
+		"none": nil,
+		"put":  func(verb, _ string) error { return map[string]error{"put": errors.New("storage fault")}[verb] },
+		"delete": func(verb, _ string) error {
+			return map[string]error{"delete": errors.New("storage fault")}[verb]
+		},
+		"all": all,
+	} {
+		for _, kind := range []string{"close", "hang"} {
+			for _, account := range []bool{false, true} {
+				for _, after := range []int{0, 1, 2, 4, 5, 6, 7, 11, 12, 13, 16, 17, 24, 25, 26, 27, 35, 36, 37, 45} { // seconds
+					synctest.Test(t, func(t *testing.T) {
+						e := newConfiguredEnv(t)
+						there := 0
+						if account {
+							there = 1
+							e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
+						}
+						e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "10m", "max_ttl": "30m"})
+						var have []*logical.Response
+						for range 5 { // 1, 2, 2 of 4
+							have = append(have, e.creds("web"))
+						}
+						issued, renewed := have[3], have[4]
+						e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Kind: kind, Process: true})
+						var group sync.WaitGroup
+						group.Go(func() {
+							if err := failure(e.do(logical.ReadOperation, "creds/web", nil)); err == nil {
+								t.Error("creds: got success, want an error")
+							}
+						})
+						synctest.Wait()
+						e.storage.setFault(fault)
+						time.Sleep(time.Duration(after) * time.Second)
+						e.storage.setFault(nil)
+						resp, err := e.lease(logical.RenewOperation, renewed.Secret)
+						if failure(resp, err) != nil {
+							t.Fatal(err)
+						}
+						e.crash()
+						e.ticks(8 * time.Minute)
+						group.Wait()
+						if got := len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != 5 {
+							t.Errorf("keys after rollback: got %d, want the 5 that were issued", got)
+						}
+						if !e.sim.Use(issued.Data["api_key"].(string)) || !e.sim.Use(renewed.Data["api_key"].(string)) {
+							t.Error("a key that was issued is not accepted")
+						}
+						resp.Secret.IssueTime = renewed.Secret.IssueTime
+						e.renew(resp.Secret)
+						e.ticks(6 * time.Minute)
+						if !e.sim.Use(renewed.Data["api_key"].(string)) {
+							t.Error("the key that was renewed twice is not accepted")
+						}
+						for _, r := range have {
+							e.revoke(r.Secret)
+						}
+						e.ticks(30 * time.Minute)
+						e.nothingPending()
+						if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)) + len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != there {
+							t.Errorf("accounts and keys in the end: got %d, want %d", got, there)
+						}
+						if got := e.keys(framework.WALPrefix); len(got) != 0 {
+							t.Errorf("write-ahead-log entries in the end: got %d, want none", len(got))
+						}
+						if t.Failed() {
+							t.Logf("storage fault: %s, at OpenAI: %s, existing account: %v, ended after %d s", name, kind, account, after)
+						}
+					})
+					if t.Failed() {
+						return
+					}
+				}
+			}
+		}
+	}
 }
 
 // lostAnswer reads a credential whose creation at OpenAI is answered 500 after it was
@@ -3860,7 +4046,7 @@ func TestRollbackGivesUp(t *testing.T) {
 		t.Run(fmt.Sprint(expiring), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				e := newConfiguredEnv(t)
-				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": expiring, "ttl": "2h"})
+				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": expiring, "ttl": "1h", "max_ttl": "2h"})
 				e.lostAnswer()
 				e.always(http.MethodGet, "service_accounts$", 403)
 				time.Sleep(26 * time.Hour)
@@ -3904,20 +4090,31 @@ func (e *env) storageCalls() map[string]int {
 	return count
 }
 
-// TestStorageCost: a credential costs one entry, written twice; its end costs nothing.
+// TestStorageCost: a credential costs one entry, unless another has just reserved its name a
+// second, and their deletion; its end costs nothing.
 func TestStorageCost(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.creds("web")
-	count := e.storageCalls()
-	resp := e.creds("web")
-	if want := map[string]int{"put": 2}; !maps.Equal(count, want) {
-		t.Errorf("storage operations of a credential: got %v, want %v", count, want)
-	}
-	count = e.storageCalls()
-	e.revoke(resp.Secret)
-	if len(count) != 0 {
-		t.Errorf("storage operations of a revocation: got %v, want none", count)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.creds("web")
+		time.Sleep(roleCacheTime / 2)
+		for i, want := range []map[string]int{{"put": 2}, {"put": 1}} {
+			count := e.storageCalls()
+			resp := e.creds("web")
+			if !maps.Equal(count, want) {
+				t.Errorf("storage operations of credential %d: got %v, want %v", i, count, want)
+			}
+			count = e.storageCalls()
+			e.revoke(resp.Secret)
+			if len(count) != 0 {
+				t.Errorf("storage operations of a revocation: got %v, want none", count)
+			}
+		}
+		count := e.storageCalls()
+		time.Sleep(2 * settleTime)
+		if want := map[string]int{"delete": 4}; !maps.Equal(count, want) { // an entry of two names; three were issued
+			t.Errorf("storage operations afterwards: got %v, want %v", count, want)
+		}
+	})
 }
 
 // TestRevokeShortFault: three failures in a row are over within the call.

@@ -625,12 +625,12 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 		(*apiKey).created)
 }
 
-// credentialsNamed returns what there is of exactly this name: the project's accounts or,
+// credentialsNamed returns what there is of exactly these names: the project's accounts or,
 // where accountID is given, that account's keys.
-func (c *client) credentialsNamed(ctx context.Context, projectID, accountID, name string) (found []lease, err error) {
+func (c *client) credentialsNamed(ctx context.Context, projectID, accountID string, names []string) (found []lease, err error) {
 	if accountID == "" {
 		accounts, err := listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
-			func(a serviceAccount) bool { return a.Name == name && validID(a.ID) })
+			func(a serviceAccount) bool { return slices.Contains(names, a.Name) && validID(a.ID) })
 		for _, a := range accounts {
 			found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID})
 		}
@@ -638,7 +638,9 @@ func (c *client) credentialsNamed(ctx context.Context, projectID, accountID, nam
 	}
 	// Unless asked for any, keys of accounts without a role may be left out.
 	keys, err := listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), url.Values{"owner_project_access": {"any"}},
-		func(k apiKey) bool { return k.Name == name && k.Owner.ServiceAccount.ID == accountID && validID(k.ID) })
+		func(k apiKey) bool {
+			return slices.Contains(names, k.Name) && k.Owner.ServiceAccount.ID == accountID && validID(k.ID)
+		})
 	for _, k := range keys {
 		found = append(found, lease{ProjectID: projectID, ServiceAccountID: accountID, APIKeyID: k.ID, KeyOnly: true})
 	}

@@ -14,9 +14,10 @@
 //	config          the admin key and its settings (type config), seal-wrapped
 //	roles/<name>    a role (type role)
 //	cleanup/<id>    a credential still to be deleted at OpenAI (type cleanup)
-//	wal/<uuid>      what may have to be undone: an account or an admin key whose
-//	                creation is not yet known to have ended well, or a credential
-//	                whose lease Vault may not have stored; holds no secret
+//	wal/<id>        what may have to be undone: accounts or an admin key whose
+//	                creation is not yet known to have ended well (a UUID), or a
+//	                credential whose lease Vault may not have stored (the name of
+//	                the account or key); holds no secret
 package main
 
 import (

@@ -472,10 +472,14 @@ type roleCache struct {
 	made     time.Time
 }
 
-// cachedRole is a role and its mount's maximum TTL; 0: none.
+// cachedRole is what reads of a role share.
 type cachedRole struct {
 	*role
-	mountMaxTTL time.Duration
+	name        string
+	mountMaxTTL time.Duration // 0: none
+
+	mu       sync.Mutex   // held while a read takes a name
+	reserved *reservation // the latest one; nil at first
 }
 
 // roleCacheTime is how long a roleCache is used, and so how late a change of the mount's
@@ -498,9 +502,8 @@ func (b *backend) cachedRole(ctx context.Context, s logical.Storage, name string
 	if err != nil || r == nil {
 		return nil, err
 	}
-	cached := &cachedRole{r, b.System().MaxLeaseTTL()}
-	cache.Store(name, cached)
-	return cached, nil
+	cached, _ := cache.LoadOrStore(name, &cachedRole{role: r, name: name, mountMaxTTL: b.System().MaxLeaseTTL()})
+	return cached.(*cachedRole), nil
 }
 
 // newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.
@@ -797,12 +800,12 @@ func checkNameTemplate(raw string, data nameData) error {
 
 // credentialName makes the name of a new service account or key. It is unique, since
 // rollback finds what is lost by its name: what lacks the whole suffix gets it.
-func (b *backend) credentialName(ctx context.Context, req *logical.Request, roleName string, r *role) (string, error) {
+func (b *backend) credentialName(ctx context.Context, req *logical.Request, r *cachedRole) (string, error) {
 	suffix, err := randomText(10)
 	if err != nil {
 		return "", err
 	}
-	data := nameData{RoleName: roleName, RandomSuffix: suffix, ProjectID: r.ProjectID, DisplayName: req.DisplayName}
+	data := nameData{RoleName: r.name, RandomSuffix: suffix, ProjectID: r.ProjectID, DisplayName: req.DisplayName}
 	if strings.Contains(r.ServiceAccountNameTemplate, ".ProjectName") {
 		err := b.useClient(ctx, req.Storage, func(c *client) (err error) {
 			data.ProjectName, err = c.projectName(ctx, r.ProjectID)
@@ -891,9 +894,9 @@ func secretAPIKey(b *backend) *framework.Secret {
 	}
 }
 
-// credsRead makes a key. The write-ahead-log entry comes first, since a create whose
-// answer is lost can only be found again by name. It is replaced last by one that spares the
-// key until its lease's end, and without that nothing is handed out.
+// credsRead makes a key. Its name is in the write-ahead log first, since a create whose answer
+// is lost can only be found again by name. An entry that spares the key until its lease's end
+// comes last, and without that nothing is handed out.
 func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (resp *logical.Response, err error) {
 	roleName := d.Get("name").(string)
 	r, err := b.cachedRole(ctx, req.Storage, roleName)
@@ -911,31 +914,30 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	if err != nil {
 		return logical.ErrorResponse(err.Error()), nil
 	}
-	name, err := b.credentialName(ctx, req, roleName, r.role)
+	reserved, name, err := b.reserve(ctx, req, r)
 	if err != nil {
-		return answerError("naming the service account", err)
+		return answerError("preparing the credential", err)
 	}
-	pending := pendingCredential{ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Name: name}
+	lost := false // something may be left under this name
+	defer b.release(req.Storage, r, reserved, func() {
+		if lost {
+			reserved.lost = append(reserved.lost, name)
+		}
+	})
 	var expiresIn time.Duration
 	if !r.UnexpiringKeys {
 		expiresIn = min(ttl+keyGrace, maxKeyLife)
-		pending.Expires = start.Add(expiresIn + requestTimeout)
 	}
-	l.KeyExpires = expiresIn > 0
-	l.WALID, err = framework.PutWAL(ctx, req.Storage, walCredential, pending)
-	if err != nil {
-		return nil, fmt.Errorf("writing write-ahead log: %w", err)
-	}
+	l.KeyExpires, l.WALID = expiresIn > 0, name
 	g, err := b.create(ctx, req.Storage, r.role, name, expiresIn, l)
 	if err == nil {
 		// Vault drops the answer to a request that has ended, and then knows of no lease.
-		err = errors.Join(issued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
+		err = errors.Join(putIssued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
 	}
 	if err != nil {
-		b.undo(ctx, req.Storage, l, notDone(err))
+		lost = !b.undo(ctx, req.Storage, l, notDone(err))
 		return answerError("creating "+g.step, err)
 	}
-	b.settle(req.Storage, l.WALID)
 
 	internal := map[string]any{}
 	if err := decode(l, &internal); err != nil {
@@ -961,21 +963,16 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	return resp, nil
 }
 
-// undo deletes what a failed create has made, as far as l tells, and its write-ahead-log entry
-// when nothing is left; nothingMade: of what l does not tell there is nothing either. It also
-// works when ctx has ended: else rollback would have to look through the project's accounts.
-func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothingMade bool) {
+// undo deletes what a failed create has made, as far as l tells, and returns whether nothing is
+// left; nothingMade: of what l does not tell there is nothing either. It also works when ctx has
+// ended: else rollback would have to look through the project's accounts.
+func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothingMade bool) bool {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
-	if l.key() != "" {
-		nothingMade = b.deleteCredential(ctx, s, l) == nil
+	if l.key() == "" {
+		return nothingMade
 	}
-	if !nothingMade {
-		return // rollback's task
-	}
-	if err := framework.DeleteWAL(ctx, s, l.WALID); err != nil {
-		b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", err)
-	}
+	return b.deleteCredential(ctx, s, l) == nil
 }
 
 // leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for.
@@ -1071,11 +1068,17 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 		return logical.ErrorResponse("role %q of this lease does not exist any more", l.Role), nil
 	}
 	if l.WALID != "" {
-		// Now that the lease is known to exist, its end moves.
-		if err := framework.DeleteWAL(ctx, req.Storage, l.WALID); err != nil {
-			return nil, fmt.Errorf("deleting write-ahead-log entry: %w", err)
+		// The lease's end moves, to its last one at most.
+		issued, err := framework.GetWAL(ctx, req.Storage, l.WALID)
+		if err == nil && issued != nil {
+			err = putIssued(ctx, req.Storage, l, req.Secret.IssueTime.Add(r.MaxTTL+keyGrace))
 		}
-		delete(req.Secret.InternalData, "wal_id")
+		if err != nil {
+			return nil, fmt.Errorf("moving the lease's end in the write-ahead log: %w", err)
+		}
+		if issued == nil {
+			delete(req.Secret.InternalData, "wal_id")
+		}
 	}
 	if l.KeyExpires {
 		// What Vault will make of the lease when it gets our answer.
