@@ -3836,11 +3836,41 @@ func TestIssuedSettles(t *testing.T) {
 		again.Secret.IssueTime = resp.Secret.IssueTime
 		count := e.storageCalls()
 		e.renew(again.Secret)
-		if want := map[string]int{"get": 1}; !maps.Equal(count, want) {
+		if want := map[string]int{"get": 2}; !maps.Equal(count, want) { // the role, and the entry that is not there
 			t.Errorf("storage operations of a second renewal: got %v, want %v", count, want)
 		}
 		e.accounts(1)
 	})
+}
+
+// TestIssuedOutlivesRole: a lease that was issued just before a crash keeps its key to its end,
+// also when its role has become shorter and renewals fail.
+func TestIssuedOutlivesRole(t *testing.T) {
+	for _, change := range []struct {
+		maxTTL string
+		status int // of moving the key's end
+	}{{"1h", 0}, {"8h", http.StatusInternalServerError}} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "12h", "max_ttl": "24h"})
+			resp := e.creds("web")
+			e.crash()
+			e.ticks(6 * time.Hour)
+			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "1h", "max_ttl": change.maxTTL})
+			if change.status != 0 {
+				e.always(http.MethodPost, "/api_keys/", change.status)
+			}
+			if err := failure(e.lease(logical.RenewOperation, resp.Secret)); err == nil {
+				t.Errorf("renewal after max_ttl became %s: got success, want an error", change.maxTTL)
+			}
+			e.ticks(4 * time.Hour)
+			if !e.sim.Use(resp.Data["api_key"].(string)) {
+				t.Errorf("two hours before its lease's end, after max_ttl became %s, the key is not accepted", change.maxTTL)
+			}
+			e.ticks(3 * time.Hour)
+			e.accounts(0)
+		})
+	}
 }
 
 // TestReservations: reads that follow each other closely share entries of the write-ahead log,

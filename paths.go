@@ -863,7 +863,7 @@ type lease struct {
 	Role             string `json:"role,omitempty"`
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation leaves the account
-	WALID            string `json:"wal_id,omitempty"`      // of its issuedCredential; empty: renewed since
+	WALID            string `json:"wal_id,omitempty"`      // of its issuedCredential, while there is one: the name
 }
 
 // leaseOf reads what a lease holds.
@@ -1068,16 +1068,17 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 		return logical.ErrorResponse("role %q of this lease does not exist any more", l.Role), nil
 	}
 	if l.WALID != "" {
-		// The lease's end moves, to its last one at most.
-		issued, err := framework.GetWAL(ctx, req.Storage, l.WALID)
-		if err == nil && issued != nil {
-			err = putIssued(ctx, req.Storage, l, req.Secret.IssueTime.Add(r.MaxTTL+keyGrace))
+		// The lease's end may move, to its last one at most; it never comes earlier.
+		entry, err := framework.GetWAL(ctx, req.Storage, l.WALID)
+		if err == nil && entry != nil {
+			var issued issuedCredential
+			err = decode(entry.Data, &issued)
+			if end := req.Secret.IssueTime.Add(r.MaxTTL + keyGrace); err == nil && end.After(issued.LeaseEnd) {
+				err = putIssued(ctx, req.Storage, l, end)
+			}
 		}
 		if err != nil {
 			return nil, fmt.Errorf("moving the lease's end in the write-ahead log: %w", err)
-		}
-		if issued == nil {
-			delete(req.Secret.InternalData, "wal_id")
 		}
 	}
 	if l.KeyExpires {
