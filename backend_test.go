@@ -1950,7 +1950,7 @@ func TestOtherNode(t *testing.T) {
 func TestRoleCache(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEnv(t)
-		reads, during := 0, func() {}
+		reads := 0
 		e.storage.setFault(func(verb, key string) error {
 			if verb == "get" && key == "roles/web" {
 				reads++
@@ -1986,28 +1986,41 @@ func TestRoleCache(t *testing.T) {
 
 		// A change while the role is read: what was read before it must not stay.
 		e.b.forgetRoles()
-		e.storage.Storage = changing{e.storage.Storage, &during}
-		during = func() {
-			during = func() {}
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "4m"})
-		}
+		changed := false
+		e.storage.Storage = hooks{Storage: e.storage.Storage, afterGet: func(key string) {
+			if key == "roles/web" && !changed {
+				changed = true
+				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "4m"})
+			}
+		}}
 		expect("before a change", 90*time.Minute, 2) // one is the change's
 		expect("changed meanwhile", 4*time.Minute, 1)
 	})
 }
 
-// changing is storage in which something happens after a role was read.
-type changing struct {
+// hooks is storage with functions around its operations, where set.
+type hooks struct {
 	logical.Storage
-	during *func()
+	afterGet, beforePut, afterPut func(key string)
 }
 
-func (s changing) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	entry, err := s.Storage.Get(ctx, key)
-	if key == "roles/web" {
-		(*s.during)()
+func (h hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+	entry, err := h.Storage.Get(ctx, key)
+	if h.afterGet != nil {
+		h.afterGet(key)
 	}
 	return entry, err
+}
+
+func (h hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
+	if h.beforePut != nil {
+		h.beforePut(entry.Key)
+	}
+	err := h.Storage.Put(ctx, entry)
+	if h.afterPut != nil {
+		h.afterPut(entry.Key)
+	}
+	return err
 }
 
 // TestLog: one line at info for each change of state, credentials and reads at debug.
@@ -3871,6 +3884,32 @@ func TestIssuedOutlivesRole(t *testing.T) {
 			e.accounts(0)
 		})
 	}
+}
+
+// TestUndoneAfterIssue: a request that ends when all was done leaves nothing, not even where
+// its deletion fails and the process ends.
+func TestUndoneAfterIssue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		puts := 0
+		e.storage.Storage = hooks{Storage: e.storage.Storage, afterPut: func(string) {
+			if puts++; puts == 2 {
+				cancel()
+			}
+		}}
+		e.always(http.MethodDelete, "", http.StatusInternalServerError)
+		resp, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
+		if err := failure(resp, err); !errors.Is(err, context.Canceled) {
+			t.Errorf("creds: got error %v, want that the request was cancelled", err)
+		}
+		e.accounts(1)
+		e.crash()
+		e.sim.ClearFaults()
+		e.ticks(4 * time.Minute)
+		e.accounts(0)
+	})
 }
 
 // TestReservations: reads that follow each other closely share entries of the write-ahead log,

@@ -972,6 +972,7 @@ func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothing
 	if l.key() == "" {
 		return nothingMade
 	}
+	_ = framework.DeleteWAL(ctx, s, l.WALID) // or rollback would spare it
 	return b.deleteCredential(ctx, s, l) == nil
 }
 
