@@ -213,16 +213,17 @@ const (
 
 const (
 	// walMinAge is how old an entry must be before it is rolled back. A request ends within
-	// requestTimeout and undoTimeout, and begins within reserveTime of its entry, so one that
-	// is older belongs to no request that may still succeed. It is short because disabling the
-	// mount throws younger entries away.
+	// requestTimeout and undoTimeout, and begins within roleCacheTime of its entry (whose role
+	// was cached first), so one that is older belongs to no request that may still succeed. It
+	// is short because disabling the mount throws younger entries away.
 	walMinAge = 2 * time.Minute
 	// walGrace is how long after its keys must have expired the rollback of credentials is
 	// still tried.
 	walGrace = 24 * time.Hour
 	// settleTime is how long after the plugin's answer Vault has its lease for certain. If it
 	// can't store the lease, it revokes the credential at once.
-	settleTime = 10 * time.Second
+	settleTime    = 10 * time.Second
+	settleTimeout = 10 * time.Second // of one write of it
 	// reserveTime is how long names can be taken from a reservation, which has at most
 	// maxReserved of them.
 	reserveTime = 5 * time.Second
@@ -259,10 +260,11 @@ func putIssued(ctx context.Context, s logical.Storage, l *lease, end time.Time) 
 	return putWAL(ctx, s, l.WALID, walIssued, issuedCredential{*l, end})
 }
 
-// reservation is an entry of pendingCredentials under way, guarded by its role's mu. Reads of
-// a role that follow each other closely share one, so that few wait for Vault to store it.
+// reservation is an entry of pendingCredentials under way, guarded by its role's mu until open
+// is 0. Reads of a role that come at once or follow each other closely share one.
 type reservation struct {
 	pendingCredentials
+	role  *cachedRole
 	walID string
 	taken int         // of its names
 	open  int         // credentials whose end is not known yet, and 1 while names can be taken
@@ -274,21 +276,27 @@ type reservation struct {
 var perRead = regexp.MustCompile(`\.DisplayName|time|\.[^A-Z]|\$`)
 
 // reserve returns a name for a new credential that is in the write-ahead log. A reservation has
-// up to twice as many names as were taken from the one before. The caller calls release.
+// a name for each read that waits for it, or twice as many as were taken from the one before.
+// The caller calls release.
 func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRole) (res *reservation, name string, err error) {
+	if perRead.MatchString(r.ServiceAccountNameTemplate) {
+		r = &cachedRole{role: r.role, name: r.name} // shared with nobody
+	}
+	r.waiting.Add(1)
+	defer r.waiting.Add(-1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if res = r.reserved; res == nil || res.taken == len(res.Names) {
-		count := 1
-		if res != nil && !perRead.MatchString(r.ServiceAccountNameTemplate) {
-			count = min(2*res.taken, maxReserved)
+		count := int(r.waiting.Load())
+		if res != nil {
+			count = max(count, 2*res.taken)
 		}
-		res = &reservation{open: 1}
+		res = &reservation{role: r, open: 1}
 		res.ProjectID, res.ServiceAccountID = r.ProjectID, r.ServiceAccountID
 		if !r.UnexpiringKeys {
 			res.Expires = time.Now().Add(reserveTime + requestTimeout + r.MaxTTL + keyGrace)
 		}
-		for range count {
+		for range min(count, maxReserved) {
 			if name, err = b.credentialName(ctx, req, r); err != nil {
 				return nil, "", err
 			}
@@ -299,7 +307,7 @@ func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRo
 		}
 		r.reserved = res
 		res.timer = time.AfterFunc(reserveTime, func() {
-			b.release(req.Storage, r, res, func() { res.Names = res.Names[:res.taken] })
+			b.release(req.Storage, res, func() { res.Names = res.Names[:res.taken] })
 		})
 	}
 	name = res.Names[res.taken]
@@ -312,12 +320,14 @@ func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRo
 }
 
 // release ends one use of a reservation, after note; the last one has it settled.
-func (b *backend) release(s logical.Storage, r *cachedRole, res *reservation, note func()) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+func (b *backend) release(s logical.Storage, res *reservation, note func()) {
+	res.role.mu.Lock()
 	note()
-	if res.open--; res.open == 0 {
-		time.AfterFunc(time.Second, func() { b.settle(s, res) }) // not while Vault stores the lease
+	res.open--
+	last := res.open == 0
+	res.role.mu.Unlock()
+	if last {
+		b.settle(s, res)
 	}
 }
 
@@ -325,25 +335,26 @@ func (b *backend) release(s logical.Storage, r *cachedRole, res *reservation, no
 // Entries of what was issued follow later: they must be there for as long as the reservation's
 // names them, and until Vault has the leases.
 func (b *backend) settle(s logical.Storage, res *reservation) {
-	ctx, cancel := context.WithTimeout(context.Background(), settleTime)
-	defer cancel()
-	var err error
-	if len(res.lost) == 0 {
-		err = framework.DeleteWAL(ctx, s, res.walID)
-	} else {
+	write := func(fn func(ctx context.Context) error) error {
+		ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
+		defer cancel()
+		return fn(ctx)
+	}
+	err := write(func(ctx context.Context) error {
+		if len(res.lost) == 0 {
+			return framework.DeleteWAL(ctx, s, res.walID)
+		}
 		left := res.pendingCredentials
 		left.Names = res.lost
-		err = putWAL(ctx, s, res.walID, walCredential, left)
-	}
+		return putWAL(ctx, s, res.walID, walCredential, left)
+	})
 	if err != nil {
 		return // rollback can do with what is there
 	}
 	time.AfterFunc(settleTime, func() {
-		ctx, cancel := context.WithTimeout(context.Background(), settleTime)
-		defer cancel()
 		for _, name := range res.Names {
-			if _, stays := b.unsettled.LoadAndDelete(name); !stays {
-				_ = framework.DeleteWAL(ctx, s, name) // what stays is harmless, see rollback
+			if _, stays := b.unsettled.LoadAndDelete(name); !stays { // else harmless, as what fails to be deleted: see rollback
+				_ = write(func(ctx context.Context) error { return framework.DeleteWAL(ctx, s, name) })
 			}
 		}
 	})

@@ -1979,8 +1979,10 @@ func TestRoleCache(t *testing.T) {
 		e.b.Backend.Invalidate(t.Context(), "roles/web")
 		expect("told by Vault", 3*time.Hour, 1)
 
-		e.system.MaxLeaseTTLVal = 90 * time.Minute
+		e.system.MaxLeaseTTLVal = 0 // as when it can't be read
 		time.Sleep(roleCacheTime + time.Second)
+		expect("without the mount's maximum", 3*time.Hour, 1)
+		e.system.MaxLeaseTTLVal = 90 * time.Minute
 		expect("mount tuned", 90*time.Minute, 1)
 		expect("mount tuned, second", 90*time.Minute, 0)
 
@@ -2002,6 +2004,7 @@ func TestRoleCache(t *testing.T) {
 type hooks struct {
 	logical.Storage
 	afterGet, beforePut, afterPut func(key string)
+	delay                         time.Duration // of each deletion
 }
 
 func (h hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
@@ -2021,6 +2024,15 @@ func (h hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
 		h.afterPut(entry.Key)
 	}
 	return err
+}
+
+func (h hooks) Delete(ctx context.Context, key string) error {
+	select {
+	case <-time.After(h.delay):
+		return h.Storage.Delete(ctx, key)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // TestLog: one line at info for each change of state, credentials and reads at debug.
@@ -3706,7 +3718,7 @@ func TestCredsFaults(t *testing.T) {
 				}
 				e.ticks(4 * time.Minute)
 				if err != nil && fault.all && len(e.sim.ProjectKeys(openaisim.DefaultProject)) == 1 {
-					// All ended when the entry had been replaced and Vault had no answer yet, which
+					// All ended when the last entry was there and Vault had no answer yet, which
 					// looks as if Vault had ended right after it.
 					have(1, "before the lease's end")
 					if lost[fault.name]++; len(e.keys(framework.WALPrefix)) != 1 {
@@ -3854,6 +3866,18 @@ func TestIssuedSettles(t *testing.T) {
 		}
 		e.accounts(1)
 	})
+	// Storage that is slow, but not too slow for each of several entries.
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.storage.Storage = hooks{Storage: e.storage.Storage, delay: settleTimeout - time.Second}
+		for range 7 { // 1, 2, 4
+			e.creds("web")
+		}
+		time.Sleep(2 * time.Minute)
+		if got := e.keys(framework.WALPrefix); len(got) != 0 {
+			t.Errorf("write-ahead-log entries after slow deletions: got %d, want none", len(got))
+		}
+	})
 }
 
 // TestIssuedOutlivesRole: a lease that was issued just before a crash keeps its key to its end,
@@ -3909,6 +3933,94 @@ func TestUndoneAfterIssue(t *testing.T) {
 		e.sim.ClearFaults()
 		e.ticks(4 * time.Minute)
 		e.accounts(0)
+	})
+}
+
+// TestReadsDoNotWait for the storage operations of others: neither for the answer, when all
+// is done, nor at all, when their names are not shared; and those that have to wait do it
+// together. A mutex is waited for, so this is in real time.
+func TestReadsDoNotWait(t *testing.T) {
+	const patience = 10 * time.Second
+	read := func(e *env) chan error {
+		done := make(chan error, 1)
+		go func() { done <- failure(e.do(logical.ReadOperation, "creds/web", nil)) }()
+		return done
+	}
+	finish := func(t *testing.T, what string, done chan error) {
+		t.Helper()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		case <-time.After(patience):
+			t.Errorf("%s: not answered within %v", what, patience)
+		}
+	}
+	// blockPut makes the nth put from now on wait until it is let go.
+	blockPut := func(e *env, nth int32) (reached, letGo chan struct{}, puts *atomic.Int32) {
+		reached, letGo, puts = make(chan struct{}), make(chan struct{}), &atomic.Int32{}
+		e.storage.Storage = hooks{Storage: e.storage.Storage, beforePut: func(string) {
+			if puts.Add(1) == nth {
+				close(reached)
+				<-letGo
+			}
+		}}
+		return reached, letGo, puts
+	}
+
+	t.Run("with the answer", func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		reached, letGo, _ := blockPut(e, 2)
+		atOpenAI, answer := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
+			once.Do(func() { close(atOpenAI); <-answer })
+			return e.wire.RoundTrip(req)
+		}))
+		first := read(e)
+		<-atOpenAI
+		second := read(e)
+		<-reached
+		close(answer)
+		finish(t, "a read while the next one's entry is stored", first)
+		close(letGo)
+		finish(t, "the next read", second)
+	})
+
+	t.Run("names of their own", func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_name_template": "{{.DisplayName}}-{{.RandomSuffix}}"})
+		reached, letGo, _ := blockPut(e, 1)
+		first := read(e)
+		<-reached
+		finish(t, "a read while another's entry is stored", read(e))
+		close(letGo)
+		finish(t, "the other read", first)
+	})
+
+	t.Run("a burst", func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		reached, letGo, puts := blockPut(e, 1)
+		reads := []chan error{read(e)}
+		<-reached
+		for range 9 {
+			reads = append(reads, read(e))
+		}
+		r, err := e.b.cachedRole(t.Context(), e.storage, "web")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(patience); r.waiting.Load() < 10 && time.Now().Before(end); {
+			time.Sleep(time.Millisecond)
+		}
+		close(letGo)
+		for _, done := range reads {
+			finish(t, "a read of a burst", done)
+		}
+		if got := puts.Load(); got != 12 {
+			t.Errorf("puts of ten reads at once: got %d, want one for the first, one for the others and ten for what was issued", got)
+		}
 	})
 }
 
@@ -4180,6 +4292,7 @@ func TestStorageCost(t *testing.T) {
 		}
 		count := e.storageCalls()
 		time.Sleep(2 * settleTime)
+		synctest.Wait()
 		if want := map[string]int{"delete": 4}; !maps.Equal(count, want) { // an entry of two names; three were issued
 			t.Errorf("storage operations afterwards: got %v, want %v", count, want)
 		}

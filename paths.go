@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -478,12 +479,14 @@ type cachedRole struct {
 	name        string
 	mountMaxTTL time.Duration // 0: none
 
-	mu       sync.Mutex   // held while a read takes a name
+	waiting  atomic.Int32 // reads that want a name
+	mu       sync.Mutex   // held while one gets it
 	reserved *reservation // the latest one; nil at first
 }
 
 // roleCacheTime is how long a roleCache is used, and so how late a change of the mount's
-// maximum TTL is seen. A change of a role is seen at once.
+// maximum TTL is seen. A change of a role is seen at once. With requestTimeout and undoTimeout
+// it is less than walMinAge.
 const roleCacheTime = 10 * time.Second
 
 func (b *backend) forgetRoles() { b.roles.Store(&roleCache{made: time.Now()}) }
@@ -502,7 +505,11 @@ func (b *backend) cachedRole(ctx context.Context, s logical.Storage, name string
 	if err != nil || r == nil {
 		return nil, err
 	}
-	cached, _ := cache.LoadOrStore(name, &cachedRole{role: r, name: name, mountMaxTTL: b.System().MaxLeaseTTL()})
+	found := &cachedRole{role: r, name: name, mountMaxTTL: b.System().MaxLeaseTTL()}
+	if found.mountMaxTTL == 0 {
+		return found, nil // it could not be read, as far as we know
+	}
+	cached, _ := cache.LoadOrStore(name, found)
 	return cached.(*cachedRole), nil
 }
 
@@ -919,11 +926,16 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 		return answerError("preparing the credential", err)
 	}
 	lost := false // something may be left under this name
-	defer b.release(req.Storage, r, reserved, func() {
-		if lost {
-			reserved.lost = append(reserved.lost, name)
-		}
-	})
+	defer func() {
+		// Not at once: the answer waits for nobody, and Vault stores the lease first.
+		time.AfterFunc(time.Second, func() {
+			b.release(req.Storage, reserved, func() {
+				if lost {
+					reserved.lost = append(reserved.lost, name)
+				}
+			})
+		})
+	}()
 	var expiresIn time.Duration
 	if !r.UnexpiringKeys {
 		expiresIn = min(ttl+keyGrace, maxKeyLife)
