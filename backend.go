@@ -248,8 +248,8 @@ type issuedCredential struct {
 	LeaseEnd time.Time `json:"lease_end"` // by then a lease has been renewed or revoked
 }
 
-// errNotDue keeps an issuedCredential, which may well be in use.
-var errNotDue = errors.New("the lease may still be in use")
+// errNotDue keeps an entry of what is in use or under way, without a word in the log.
+var errNotDue = errors.New("not due")
 
 // putWAL is framework.PutWAL under an id of our own, which may be there already.
 func putWAL(ctx context.Context, s logical.Storage, id, kind string, data any) error {
@@ -363,9 +363,12 @@ func (b *backend) settle(s logical.Storage, res *reservation) {
 // rollback undoes what a write-ahead-log entry stands for; nil deletes the entry. Vault
 // calls it about every minute for each entry older than walMinAge, and logs no error.
 func (b *backend) rollback(ctx context.Context, req *logical.Request, kind string, data any) error {
-	err := ctx.Err()
+	err := ctx.Err() // the tick is over: not worth a line in the log
+	if err == nil && b.passive() {
+		err = errNotDue
+	}
 	if err != nil {
-		return err // the tick is over: not worth a line in the log
+		return err
 	}
 	var pending pendingCredentials
 	switch kind {
@@ -561,10 +564,15 @@ func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
 	if b.WriteSafeReplicationState() {
 		b.rotatePeriodically(ctx, req)
 	}
-	if !b.System().ReplicationState().HasState(consts.ReplicationDRSecondary | consts.ReplicationPerformanceStandby) {
+	if !b.passive() {
 		b.sweep(ctx, req.Storage)
 	}
 	return nil
+}
+
+// passive tells whether this node leaves to others what has to be done for leases.
+func (b *backend) passive() bool {
+	return b.System().ReplicationState().HasState(consts.ReplicationDRSecondary | consts.ReplicationPerformanceStandby)
 }
 
 // change names a change of state as the log, Vault's observations and its events do.

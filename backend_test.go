@@ -3936,6 +3936,32 @@ func TestUndoneAfterIssue(t *testing.T) {
 	})
 }
 
+// TestPassiveNode: what is to be undone or cleaned up is left to the active node.
+func TestPassiveNode(t *testing.T) {
+	for _, state := range []consts.ReplicationState{consts.ReplicationPerformanceStandby, consts.ReplicationDRSecondary} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			e.lostAnswer()
+			secret := e.creds("web").Secret
+			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusInternalServerError, Times: 4})
+			if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
+				t.Error("revocation: got success, want an error")
+			}
+			time.Sleep(time.Minute)
+			e.sim.ResetCalls()
+			e.system.ReplicationStateVal = state
+			e.ticks(10 * time.Minute)
+			if calls := e.sim.Calls(); len(calls) != 0 || e.logged("ERROR", "rollback") != 0 {
+				t.Errorf("calls to OpenAI: got %v, want none", calls)
+			}
+			e.accounts(2)
+			e.system.ReplicationStateVal = 0
+			e.ticks(2 * time.Minute)
+			e.accounts(0)
+		})
+	}
+}
+
 // TestReadsDoNotWait for the storage operations of others: neither for the answer, when all
 // is done, nor at all, when their names are not shared; and those that have to wait do it
 // together. A mutex is waited for, so this is in real time.
