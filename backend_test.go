@@ -3962,6 +3962,64 @@ func TestPassiveNode(t *testing.T) {
 	}
 }
 
+// TestRevokedAtOnce: Vault revokes once, and right away, what it can't store the lease of. The
+// process may end meanwhile, or storage fail.
+func TestRevokedAtOnce(t *testing.T) {
+	for _, crash := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			secret := e.creds("web").Secret
+			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Kind: "hang", Times: -1})
+			var group sync.WaitGroup
+			group.Go(func() {
+				if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
+					t.Error("revocation: got success, want an error")
+				}
+			})
+			time.Sleep(30 * time.Second) // enough for the reservation to settle
+			if crash {
+				e.crash()
+			} else {
+				e.storage.setFault(func(string, string) error { return errors.New("storage fault") })
+			}
+			time.Sleep(2 * time.Minute)
+			group.Wait()
+			e.storage.setFault(nil)
+			e.sim.ClearFaults()
+			e.ticks(62 * time.Minute)
+			e.accounts(0)
+			if got := e.keys(framework.WALPrefix); len(got) != 0 {
+				t.Errorf("write-ahead-log entries: got %d, want none", len(got))
+			}
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		for _, wait := range []time.Duration{0, time.Minute} {
+			secret := e.creds("web").Secret
+			time.Sleep(wait)
+			e.storage.setFault(func(verb, key string) error {
+				if strings.HasPrefix(key, cleanupPrefix) {
+					return errors.New("storage fault")
+				}
+				return nil
+			})
+			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusInternalServerError, Times: 4})
+			if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
+				t.Error("revocation: got success, want an error")
+			}
+			e.storage.setFault(nil)
+			e.revoke(secret)
+			time.Sleep(time.Minute)
+		}
+		e.b.unsettled.Range(func(name, _ any) bool {
+			t.Errorf("%v, which is revoked, is still remembered in memory", name)
+			return false
+		})
+		e.accounts(0)
+	})
+}
+
 // TestReadsDoNotWait for the storage operations of others: neither for the answer, when all
 // is done, nor at all, when their names are not shared; and those that have to wait do it
 // together. A mutex is waited for, so this is in real time.
@@ -4383,6 +4441,10 @@ func TestRevokeHandedOver(t *testing.T) {
 			t.Errorf("metric: got %v handed over, want 2", got)
 		}
 		e.ticks(5 * time.Minute)
+		e.b.unsettled.Range(func(name, _ any) bool {
+			t.Errorf("%v, which a clean-up entry remembers, is also remembered in memory", name)
+			return false
+		})
 		if got := e.metric("cleanups_pending"); got != float64(2) {
 			t.Errorf("metric: got %v clean-ups pending, want 2", got)
 		}

@@ -1130,14 +1130,16 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *frame
 	}
 	callCtx, cancel := context.WithTimeout(ctx, revokeTimeout)
 	defer cancel()
+	b.unsettled.Store(l.WALID, nil) // its entry, if there is one, may be all that remembers the credential
 	err = b.deleteCredential(callCtx, req.Storage, l)
 	b.reportCredential(ctx, req, credRevoked, "revoke", l, start, err)
 	if err == nil {
+		b.unsettled.Delete(l.WALID)
 		return nil, nil
 	}
 	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l, 1)
-	if cleanupErr != nil && l.WALID != "" {
-		b.unsettled.Store(l.WALID, nil) // that entry, if there is one, is all that remembers the credential
+	if cleanupErr == nil {
+		b.unsettled.Delete(l.WALID)
 	}
 	if cleanupErr == nil && failures >= maxRevokeFailures {
 		b.metrics.add(metricHandedOver, 1)
