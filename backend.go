@@ -136,6 +136,7 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	switch {
 	case key == configPath:
 		b.setClient(nil)
+		b.forgetRoles()
 	case strings.HasPrefix(key, rolePrefix):
 		b.forgetRoles()
 	}
@@ -204,6 +205,25 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, fn func(*cli
 	}
 }
 
+// organization returns the id of the organization that config has.
+func (b *backend) organization(ctx context.Context, s logical.Storage) (id string, err error) {
+	err = b.useClient(ctx, s, func(c *client) error { id = c.config.OrganizationID; return nil })
+	return id, err
+}
+
+var errOtherOrganization = errors.New("config has another organization than")
+
+// useClientOf is useClient for what belongs to an organization; "": not known. To another one
+// it would not exist, which looks as if it were deleted.
+func (b *backend) useClientOf(ctx context.Context, s logical.Storage, organization string, fn func(*client) error) error {
+	return b.useClient(ctx, s, func(c *client) error {
+		if organization != "" && organization != c.config.OrganizationID {
+			return fmt.Errorf("%w %q", errOtherOrganization, organization)
+		}
+		return fn(c)
+	})
+}
+
 // Kinds of write-ahead-log entries.
 const (
 	walCredential = "credential"        // data: pendingCredentials
@@ -233,6 +253,7 @@ const (
 // pendingCredentials is written before accounts or keys are made. Names are unique; ids are
 // not known yet.
 type pendingCredentials struct {
+	OrganizationID   string    `json:"organization_id,omitempty"`
 	ProjectID        string    `json:"project_id"`
 	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only keys are made
 	Names            []string  `json:"names"`
@@ -293,6 +314,9 @@ func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRo
 		}
 		res = &reservation{role: r, open: 1}
 		res.ProjectID, res.ServiceAccountID = r.ProjectID, r.ServiceAccountID
+		if res.OrganizationID, err = b.organization(ctx, req.Storage); err != nil {
+			return nil, "", err
+		}
 		if !r.UnexpiringKeys {
 			res.Expires = time.Now().Add(reserveTime + requestTimeout + r.MaxTTL + keyGrace)
 		}
@@ -429,7 +453,7 @@ func (b *backend) rollbackCredentials(ctx context.Context, s logical.Storage, p 
 	if len(names) == 0 {
 		return nil
 	}
-	return b.useClient(ctx, s, func(c *client) error {
+	return b.useClientOf(ctx, s, p.OrganizationID, func(c *client) error {
 		found, err := c.credentialsNamed(ctx, p.ProjectID, p.ServiceAccountID, names)
 		if c.projectGone(ctx, p.ProjectID, err) {
 			return nil
@@ -471,13 +495,7 @@ func (l *lease) key() string {
 
 // deleteCredential deletes what a lease stands for at OpenAI.
 func (b *backend) deleteCredential(ctx context.Context, s logical.Storage, l *lease) error {
-	return b.useClient(ctx, s, func(c *client) error {
-		// To another organization it would not exist, which looks like success.
-		if l.OrganizationID != "" && l.OrganizationID != c.config.OrganizationID {
-			return fmt.Errorf("it belongs to organization %q, and config has another one", l.OrganizationID)
-		}
-		return c.deleteCredential(ctx, l)
-	})
+	return b.useClientOf(ctx, s, l.OrganizationID, func(c *client) error { return c.deleteCredential(ctx, l) })
 }
 
 // rememberCleanup counts failed more revocations and returns their count. From here on sweep

@@ -848,7 +848,7 @@ func (e *env) failing(f openaisim.Fault) {
 }
 
 // TestStorageFaults fails each storage access of each path: it is an inner error, no key is
-// handed out, and nothing is at OpenAI that rollback does not know of.
+// handed out, nothing is at OpenAI, and storage is as it was.
 func TestStorageFaults(t *testing.T) {
 	role := map[string]any{"project_id": openaisim.DefaultProject, "ttl": "2h"}
 	for _, tt := range []struct {
@@ -856,26 +856,24 @@ func TestStorageFaults(t *testing.T) {
 		path      string
 		data      map[string]any
 		verb, key string // of the access that fails
-		accounts  int    // afterwards at OpenAI
-		pending   int    // write-ahead-log entries afterwards
 	}{
-		{logical.ReadOperation, "config", nil, "get", "config", 0, 0},
-		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "get", "config", 0, 0},
-		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "put", "config", 0, 0},
-		{logical.DeleteOperation, "config", nil, "get", "config", 0, 0},
-		{logical.DeleteOperation, "config", nil, "delete", "config", 0, 0},
-		{logical.UpdateOperation, "config/rotate", nil, "get", "config", 0, 0},
-		{logical.UpdateOperation, "config/rotate", nil, "put", "wal/", 0, 0},
-		{logical.ListOperation, "roles", nil, "list", "roles/", 0, 0},
-		{logical.ReadOperation, "roles/web", nil, "get", "roles/web", 0, 0},
-		{logical.UpdateOperation, "roles/web", role, "get", "roles/web", 0, 0},
-		{logical.UpdateOperation, "roles/web", role, "get", "config", 0, 0},
-		{logical.UpdateOperation, "roles/web", role, "put", "roles/web", 0, 0},
-		{logical.DeleteOperation, "roles/web", nil, "delete", "roles/web", 0, 0},
-		{logical.ReadOperation, "creds/web", nil, "get", "roles/web", 0, 0},
-		{logical.ReadOperation, "creds/web", nil, "get", "config", 0, 1},
-		{logical.ReadOperation, "creds/web", nil, "put", "wal/", 0, 0},
-		{logical.ReadOperation, "metrics", nil, "get", "config", 0, 0},
+		{logical.ReadOperation, "config", nil, "get", "config"},
+		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "get", "config"},
+		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "put", "config"},
+		{logical.DeleteOperation, "config", nil, "get", "config"},
+		{logical.DeleteOperation, "config", nil, "delete", "config"},
+		{logical.UpdateOperation, "config/rotate", nil, "get", "config"},
+		{logical.UpdateOperation, "config/rotate", nil, "put", "wal/"},
+		{logical.ListOperation, "roles", nil, "list", "roles/"},
+		{logical.ReadOperation, "roles/web", nil, "get", "roles/web"},
+		{logical.UpdateOperation, "roles/web", role, "get", "roles/web"},
+		{logical.UpdateOperation, "roles/web", role, "get", "config"},
+		{logical.UpdateOperation, "roles/web", role, "put", "roles/web"},
+		{logical.DeleteOperation, "roles/web", nil, "delete", "roles/web"},
+		{logical.ReadOperation, "creds/web", nil, "get", "roles/web"},
+		{logical.ReadOperation, "creds/web", nil, "get", "config"},
+		{logical.ReadOperation, "creds/web", nil, "put", "wal/"},
+		{logical.ReadOperation, "metrics", nil, "get", "config"},
 	} {
 		t.Run(string(tt.op)+" "+tt.path+" "+tt.verb+" "+tt.key, func(t *testing.T) {
 			e := newConfiguredEnv(t)
@@ -892,14 +890,11 @@ func TestStorageFaults(t *testing.T) {
 			if (err == nil || resp != nil || !strings.Contains(err.Error(), "storage fault")) && !warned {
 				t.Errorf("got %v and error %v, want the storage's error", resp, err)
 			}
-			if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != tt.accounts {
-				t.Errorf("service accounts: got %d, want %d", got, tt.accounts)
-			}
-			if got := len(e.keys(framework.WALPrefix)); got != tt.pending {
-				t.Errorf("write-ahead-log entries: got %d, want %d", got, tt.pending)
+			if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != 0 {
+				t.Errorf("service accounts: got %d, want none", got)
 			}
 			e.storage.setFault(nil)
-			if tt.pending == 0 && !warned && e.stored() != before {
+			if !warned && e.stored() != before {
 				t.Error("storage has changed")
 			}
 			e.creds("web")
@@ -1989,7 +1984,7 @@ func TestRoleCache(t *testing.T) {
 		// A change while the role is read: what was read before it must not stay.
 		e.b.forgetRoles()
 		changed := false
-		e.storage.Storage = hooks{Storage: e.storage.Storage, afterGet: func(key string) {
+		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterGet: func(key string) {
 			if key == "roles/web" && !changed {
 				changed = true
 				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "4m"})
@@ -2004,10 +1999,10 @@ func TestRoleCache(t *testing.T) {
 type hooks struct {
 	logical.Storage
 	afterGet, beforePut, afterPut func(key string)
-	delay                         time.Duration // of each deletion
+	beforeDelete                  func(ctx context.Context, key string) error
 }
 
-func (h hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
+func (h *hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
 	entry, err := h.Storage.Get(ctx, key)
 	if h.afterGet != nil {
 		h.afterGet(key)
@@ -2015,7 +2010,7 @@ func (h hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, erro
 	return entry, err
 }
 
-func (h hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
+func (h *hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
 	if h.beforePut != nil {
 		h.beforePut(entry.Key)
 	}
@@ -2026,13 +2021,13 @@ func (h hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
 	return err
 }
 
-func (h hooks) Delete(ctx context.Context, key string) error {
-	select {
-	case <-time.After(h.delay):
-		return h.Storage.Delete(ctx, key)
-	case <-ctx.Done():
-		return ctx.Err()
+func (h *hooks) Delete(ctx context.Context, key string) error {
+	if h.beforeDelete != nil {
+		if err := h.beforeDelete(ctx, key); err != nil {
+			return err
+		}
 	}
+	return h.Storage.Delete(ctx, key)
 }
 
 // TestLog: one line at info for each change of state, credentials and reads at debug.
@@ -3869,7 +3864,10 @@ func TestIssuedSettles(t *testing.T) {
 	// Storage that is slow, but not too slow for each of several entries.
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEnv(t)
-		e.storage.Storage = hooks{Storage: e.storage.Storage, delay: settleTimeout - time.Second}
+		e.storage.Storage = &hooks{Storage: e.storage.Storage, beforeDelete: func(ctx context.Context, _ string) error {
+			time.Sleep(settleTimeout - time.Second)
+			return ctx.Err()
+		}}
 		for range 7 { // 1, 2, 4
 			e.creds("web")
 		}
@@ -3918,7 +3916,7 @@ func TestUndoneAfterIssue(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		puts := 0
-		e.storage.Storage = hooks{Storage: e.storage.Storage, afterPut: func(string) {
+		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterPut: func(string) {
 			if puts++; puts == 2 {
 				cancel()
 			}
@@ -4044,7 +4042,7 @@ func TestReadsDoNotWait(t *testing.T) {
 	// blockPut makes the nth put from now on wait until it is let go.
 	blockPut := func(e *env, nth int32) (reached, letGo chan struct{}, puts *atomic.Int32) {
 		reached, letGo, puts = make(chan struct{}), make(chan struct{}), &atomic.Int32{}
-		e.storage.Storage = hooks{Storage: e.storage.Storage, beforePut: func(string) {
+		e.storage.Storage = &hooks{Storage: e.storage.Storage, beforePut: func(string) {
 			if puts.Add(1) == nth {
 				close(reached)
 				<-letGo
@@ -4523,6 +4521,7 @@ func TestOtherOrganization(t *testing.T) {
 		e.ok(logical.UpdateOperation, "config/rotate", nil)
 		e.sim.ClearFaults()
 		first, second := e.creds("web").Secret, e.creds("web").Secret
+		e.lostAnswer()
 		old := e.config()
 		if len(old.PendingDeletion) != 1 {
 			t.Fatalf("admin keys pending deletion: got %d, want 1", len(old.PendingDeletion))
@@ -4546,7 +4545,7 @@ func TestOtherOrganization(t *testing.T) {
 			t.Errorf("revocation: got %v, want an error that names %s", err, openaisim.DefaultOrganization)
 		}
 		e.ticks(10 * time.Minute)
-		e.accounts(2)
+		e.accounts(3)
 		e.sim.ClearFaults()
 		e.set(map[string]any{
 			"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey, "admin_api_key_id": old.AdminAPIKeyID,
@@ -4555,6 +4554,59 @@ func TestOtherOrganization(t *testing.T) {
 		e.accounts(0)
 		e.nothingPending()
 	})
+}
+
+// TestOrganizationChangesMeanwhile: a name that was reserved in one organization is not used in
+// another one, where rollback would look for it in vain.
+func TestOrganizationChangesMeanwhile(t *testing.T) {
+	for _, account := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			if account {
+				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
+			}
+			change := func(organization string) {
+				e.set(map[string]any{"organization_id": organization, "verify_connection": false})
+			}
+			if account { // by another node
+				other := *e
+				other.restart()
+				change = func(organization string) {
+					other.set(map[string]any{"organization_id": organization, "verify_connection": false})
+					e.b.Backend.Invalidate(t.Context(), configPath)
+				}
+			}
+			e.creds("web")
+			e.creds("web") // with a second name reserved, for nobody yet
+			puts := 0
+			e.storage.Storage = &hooks{Storage: e.storage.Storage, afterPut: func(key string) {
+				if puts++; puts == 2 { // the first is of the second name's credential
+					change("org-other")
+				}
+			}}
+			e.creds("web")
+			e.sim.ResetCalls()
+			resp, err := e.do(logical.ReadOperation, "creds/web", nil)
+			if err := failure(resp, err); err == nil || !strings.Contains(err.Error(), openaisim.DefaultOrganization) {
+				t.Errorf("creds: got %v, want an error that names the former organization", err)
+			}
+			if calls := e.sim.Calls(); len(calls) != 0 {
+				t.Errorf("calls to OpenAI: got %v, want none", calls)
+			}
+			change(openaisim.DefaultOrganization)
+			e.creds("web")
+			e.creds("web") // once more with a second name
+			change("org-other")
+			resp, err = e.do(logical.ReadOperation, "creds/web", nil)
+			if err := failure(resp, err); err == nil || errors.Is(err, errOtherOrganization) {
+				t.Errorf("creds after the change: got %v, want what OpenAI answers", err)
+			}
+			if got := len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != 5 {
+				t.Errorf("keys: got %d, want 5", got)
+			}
+			e.nothingPending()
+		})
+	}
 }
 
 // TestTemplateMemory: what a template makes of a long name of a token or a role is bounded.

@@ -228,7 +228,7 @@ func isRefused(err error) bool {
 // notDone tells whether a failed create certainly had no effect at OpenAI.
 func notDone(err error) bool {
 	var t *transportError
-	return errors.Is(err, errNotConfigured) || isRefused(err) || errors.As(err, &t) && !t.sent
+	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) || errors.As(err, &t) && !t.sent
 }
 
 var (

@@ -293,6 +293,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		return nil, err
 	}
 	b.setClient(nil)
+	b.forgetRoles()
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
 	b.report(ctx, req, configWritten, nil, "admin_api_key_id", cfg.AdminAPIKeyID, "organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
 	return warningsOnly(resp), nil
@@ -466,8 +467,8 @@ func getRole(ctx context.Context, s logical.Storage, name string) (*role, error)
 	return r, nil
 }
 
-// roleCache holds the roles that credentials were read from lately. A change throws all of it
-// away, so that what was read from storage before the change is not found after it.
+// roleCache holds the roles that credentials were read from lately. A change, of config too, throws
+// all of it away, so that what was read from storage before the change is not found after it.
 type roleCache struct {
 	sync.Map // of *cachedRole, by name
 	made     time.Time
@@ -940,10 +941,11 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framew
 	if !r.UnexpiringKeys {
 		expiresIn = min(ttl+keyGrace, maxKeyLife)
 	}
-	l.KeyExpires, l.WALID = expiresIn > 0, name
+	l.OrganizationID, l.KeyExpires = reserved.OrganizationID, expiresIn > 0
 	g, err := b.create(ctx, req.Storage, r.role, name, expiresIn, l)
 	if err == nil {
 		// Vault drops the answer to a request that has ended, and then knows of no lease.
+		l.WALID = name
 		err = errors.Join(putIssued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
 	}
 	if err != nil {
@@ -1019,12 +1021,12 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name s
 	} else {
 		g.step, g.account = "service account", name
 		keyless := len(r.Scopes) > 0
-		err = b.useClient(ctx, s, func(c *client) error {
+		err = b.useClientOf(ctx, s, l.OrganizationID, func(c *client) error {
 			account, err := c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
 			if err != nil {
 				return err
 			}
-			l.OrganizationID, l.ServiceAccountID, g.key = c.config.OrganizationID, account.ID, account.APIKey
+			l.ServiceAccountID, g.key = account.ID, account.APIKey
 			return nil
 		})
 		if err == nil && !keyless {
@@ -1042,9 +1044,9 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name s
 		}
 	}
 	g.step = "API key"
-	err = b.useClient(ctx, s, func(c *client) (err error) {
+	err = b.useClientOf(ctx, s, l.OrganizationID, func(c *client) (err error) {
 		if g.key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, name, r.Scopes, expiresIn); err == nil {
-			l.OrganizationID, l.APIKeyID = c.config.OrganizationID, g.key.ID
+			l.APIKeyID = g.key.ID
 		}
 		return err
 	})
