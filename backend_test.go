@@ -1885,7 +1885,8 @@ func TestRealServer(t *testing.T) {
 		})
 	}
 	workers.Wait()
-	if got := opened.Load(); got > 1+16+8 {
+	// A call that gets another's connection, while its own is opened, leaves that to later ones.
+	if got := opened.Load(); got > 1+2*16 {
 		t.Errorf("connections for 160 calls, 16 at once: got %d, want about 16", got)
 	}
 	for _, tt := range []struct{ mode, want string }{{"redirect", "redirects are not followed"}, {"endless", "larger than 1 MiB"}} {
@@ -3975,6 +3976,7 @@ func TestRevokedAtOnce(t *testing.T) {
 				}
 			})
 			time.Sleep(30 * time.Second) // enough for the reservation to settle
+			synctest.Wait()
 			if crash {
 				e.crash()
 			} else {
