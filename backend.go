@@ -51,7 +51,8 @@ type backend struct {
 
 	roles atomic.Pointer[roleCache]
 
-	unsettled sync.Map // write-ahead-log ids of issued credentials whose entries must stay
+	unsettled sync.Map // names of issued credentials whose entries in the write-ahead log must stay
+	underWay  sync.Map // reservations that are not settled yet, by their first name
 
 	sweepFrom string // the clean-up entry that the next sweep begins after; only periodic uses it
 }
@@ -244,6 +245,7 @@ const (
 	// can't store the lease, it revokes the credential at once.
 	settleTime    = 10 * time.Second
 	settleTimeout = 10 * time.Second // of one write of it
+	settleTries   = 5                // of each write, settleTime apart
 	// reserveTime is how long names can be taken from a reservation, which has at most
 	// maxReserved of them.
 	reserveTime = 5 * time.Second
@@ -257,6 +259,7 @@ type pendingCredentials struct {
 	ProjectID        string    `json:"project_id"`
 	ServiceAccountID string    `json:"service_account_id,omitempty"` // where only keys are made
 	Names            []string  `json:"names"`
+	Lost             bool      `json:"lost,omitempty"`   // nobody got what has these names
 	Expires          time.Time `json:"expires,omitzero"` // no key outlives this; zero: it may
 }
 
@@ -329,6 +332,7 @@ func (b *backend) reserve(ctx context.Context, req *logical.Request, r *cachedRo
 		if res.walID, err = framework.PutWAL(ctx, req.Storage, walCredential, res.pendingCredentials); err != nil {
 			return nil, "", fmt.Errorf("writing write-ahead log: %w", err)
 		}
+		b.underWay.Store(res.Names[0], nil)
 		r.reserved = res
 		res.timer = time.AfterFunc(reserveTime, func() {
 			b.release(req.Storage, res, func() { res.Names = res.Names[:res.taken] })
@@ -357,30 +361,36 @@ func (b *backend) release(s logical.Storage, res *reservation, note func()) {
 
 // settle takes a reservation out of the write-ahead log, but what rollback has to look for.
 // Entries of what was issued follow later: they must be there for as long as the reservation's
-// names them, and until Vault has the leases.
+// names them, and until Vault has the leases. What keeps failing stays.
 func (b *backend) settle(s logical.Storage, res *reservation) {
-	write := func(fn func(ctx context.Context) error) error {
-		ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
-		defer cancel()
-		return fn(ctx)
+	write := func(fn func(ctx context.Context) error) (err error) {
+		for range settleTries {
+			ctx, cancel := context.WithTimeout(context.Background(), settleTimeout)
+			err = fn(ctx)
+			cancel()
+			if err == nil {
+				return nil
+			}
+			time.Sleep(settleTime)
+		}
+		return err
 	}
 	err := write(func(ctx context.Context) error {
 		if len(res.lost) == 0 {
 			return framework.DeleteWAL(ctx, s, res.walID)
 		}
 		left := res.pendingCredentials
-		left.Names = res.lost
+		left.Names, left.Lost = res.lost, true
 		return putWAL(ctx, s, res.walID, walCredential, left)
 	})
-	if err != nil {
-		return // rollback can do with what is there
-	}
 	time.AfterFunc(settleTime, func() {
 		for _, name := range res.Names {
-			if _, stays := b.unsettled.LoadAndDelete(name); !stays { // else harmless, as what fails to be deleted: see rollback
-				_ = write(func(ctx context.Context) error { return framework.DeleteWAL(ctx, s, name) })
+			// An entry that stays is harmless: see rollback.
+			if _, stays := b.unsettled.LoadAndDelete(name); !stays && err == nil {
+				err = write(func(ctx context.Context) error { return framework.DeleteWAL(ctx, s, name) })
 			}
 		}
+		b.underWay.Delete(res.Names[0])
 	})
 }
 
@@ -403,7 +413,7 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 	case walIssued:
 		var p issuedCredential
 		if err = decode(data, &p); err == nil && time.Now().Before(p.LeaseEnd) {
-			return errNotDue
+			err = errNotDue
 		}
 		if err == nil { // sweep finds that most of them are gone already
 			_, err = b.rememberCleanup(ctx, req.Storage, &p.lease, 0)
@@ -415,6 +425,9 @@ func (b *backend) rollback(ctx context.Context, req *logical.Request, kind strin
 		}
 	default:
 		err = fmt.Errorf("unknown kind of write-ahead-log entry %q", kind)
+	}
+	if errors.Is(err, errNotDue) {
+		return err
 	}
 	b.metrics.add(metricRollbacks, 1, "kind", kind, "result", result(err))
 	if err != nil && !pending.Expires.IsZero() && time.Since(pending.Expires) > walGrace {
@@ -442,7 +455,14 @@ func decode(data, out any) error {
 func (b *backend) rollbackCredentials(ctx context.Context, s logical.Storage, p pendingCredentials) error {
 	var names []string
 	for _, name := range p.Names {
-		issued, err := framework.GetWAL(ctx, s, name)
+		if _, open := b.underWay.Load(name); open {
+			return errNotDue // the clock has been changed, or storage is slow
+		}
+		var issued *framework.WALEntry
+		var err error
+		if !p.Lost {
+			issued, err = framework.GetWAL(ctx, s, name)
+		}
 		if err != nil {
 			return fmt.Errorf("reading write-ahead log: %w", err)
 		}

@@ -3758,7 +3758,7 @@ func TestIssued(t *testing.T) {
 				}
 				return nil
 			})
-			time.Sleep(2 * settleTime)
+			time.Sleep((settleTries + 2) * settleTime)
 			e.storage.setFault(nil)
 		},
 	} {
@@ -3877,6 +3877,28 @@ func TestIssuedSettles(t *testing.T) {
 			t.Errorf("write-ahead-log entries after slow deletions: got %d, want none", len(got))
 		}
 	})
+	// Storage that fails for a while.
+	for _, at := range []time.Duration{0, 8 * time.Second} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			for range 7 {
+				e.creds("web")
+			}
+			time.Sleep(at)
+			e.storage.setFault(func(verb, key string) error { return errors.New("storage fault") })
+			time.Sleep(20 * time.Second)
+			e.storage.setFault(nil)
+			e.ticks(2 * time.Minute)
+			if got := e.keys(framework.WALPrefix); len(got) != 0 {
+				t.Errorf("write-ahead-log entries after a fault at %v: got %d, want none", at, len(got))
+			}
+			e.b.underWay.Range(func(any, any) bool {
+				t.Error("a reservation that was settled is under way")
+				return false
+			})
+			e.accounts(7)
+		})
+	}
 }
 
 // TestIssuedOutlivesRole: a lease that was issued just before a crash keeps its key to its end,
@@ -3932,6 +3954,147 @@ func TestUndoneAfterIssue(t *testing.T) {
 		e.sim.ClearFaults()
 		e.ticks(4 * time.Minute)
 		e.accounts(0)
+	})
+}
+
+// TestLostIsNotSpared, nor left to rollback for nothing, where the entry of what was issued
+// can't be deleted.
+func TestLostIsNotSpared(t *testing.T) {
+	for _, hangs := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			e.sim.SetLatency(50 * time.Millisecond)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			puts := 0
+			storage := hooks{Storage: e.storage.Storage, afterPut: func(key string) {
+				if puts++; puts != 2 {
+					return
+				}
+				cancel()
+				e.storage.Storage.(*hooks).beforeDelete = func(ctx context.Context, deleted string) error {
+					if deleted != key {
+						return nil
+					}
+					if hangs {
+						<-ctx.Done()
+					}
+					return errors.New("storage fault")
+				}
+			}}
+			e.storage.Storage = &storage
+			if !hangs {
+				e.always(http.MethodDelete, "", http.StatusInternalServerError)
+			}
+			resp, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
+			if err := failure(resp, err); !errors.Is(err, context.Canceled) {
+				t.Errorf("creds: got error %v, want that the request was cancelled", err)
+			}
+			if hangs {
+				e.accounts(0)
+			} else {
+				e.accounts(1)
+			}
+			e.sim.ClearFaults()
+			e.ticks(10 * time.Minute)
+			e.accounts(0)
+		})
+	}
+}
+
+// TestRollbackUnderWay: what is under way is not rolled back, whatever the clock says.
+func TestRollbackUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		age := func() {
+			for _, id := range e.keys(framework.WALPrefix) {
+				entry, err := framework.GetWAL(t.Context(), e.storage.Storage, id)
+				if err != nil {
+					t.Fatal(err)
+				}
+				entry.CreatedAt -= int64((2 * walMinAge).Seconds())
+				if err := putJSON(t.Context(), e.storage.Storage, framework.WALPrefix+id, entry); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
+			resp, err := e.wire.RoundTrip(req)
+			if req.Method == http.MethodPost {
+				age()
+				e.tick()
+			}
+			return resp, err
+		}))
+		resp := e.creds("web")
+		time.Sleep(time.Second / 2) // not when the plugin deletes: age would put the entry back
+		for range 30 {
+			age()
+			e.tick()
+			time.Sleep(time.Second)
+		}
+		if !e.sim.Use(resp.Data["api_key"].(string)) {
+			t.Error("a credential was handed out that rollback had deleted")
+		}
+		if got := e.logged("ERROR", ""); got != 0 {
+			t.Errorf("errors in the log: got %d, want none", got)
+		}
+		for what, got := range e.metric("rollbacks_total").(map[string]float64) {
+			if got != 0 {
+				t.Errorf("rollbacks: got %v of %s, want none", got, what)
+			}
+		}
+	})
+	// The entry is deleted late, and storage is so slow that a rollback which began before
+	// would not find what spares the credentials.
+	synctest.Test(t, func(t *testing.T) {
+		e := newConfiguredEnv(t)
+		var have []*logical.Response
+		for range 7 { // 1, 2, 4
+			have = append(have, e.creds("web"))
+		}
+		var last string // the entry of four names
+		for _, id := range e.keys(framework.WALPrefix) {
+			entry, err := framework.GetWAL(t.Context(), e.storage.Storage, id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var p pendingCredentials
+			if err := decode(entry.Data, &p); err == nil && len(p.Names) == 4 {
+				last = id
+			}
+		}
+		e.storage.setFault(func(verb, key string) error {
+			if verb == "delete" && key == framework.WALPrefix+last {
+				return errors.New("storage fault")
+			}
+			return nil
+		})
+		time.Sleep(8 * time.Second)
+		e.storage.setFault(nil) // before the second try
+		entry, err := framework.GetWAL(t.Context(), e.storage.Storage, last)
+		if err != nil || entry == nil {
+			t.Fatalf("entry: got %v, %v", entry, err)
+		}
+		entry.CreatedAt -= int64((2 * walMinAge).Seconds())
+		if err := putJSON(t.Context(), e.storage.Storage, framework.WALPrefix+last, entry); err != nil {
+			t.Fatal(err)
+		}
+		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterGet: func(key string) {
+			if key != framework.WALPrefix+last {
+				time.Sleep(5 * time.Second)
+			}
+		}}
+		e.tick()
+		time.Sleep(time.Minute)
+		for _, resp := range have {
+			if !e.sim.Use(resp.Data["api_key"].(string)) {
+				t.Error("a rollback has deleted what was handed out")
+			}
+		}
+		if got := e.keys(framework.WALPrefix); len(got) != 0 {
+			t.Errorf("write-ahead-log entries: got %d, want none", len(got))
+		}
 	})
 }
 

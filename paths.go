@@ -986,7 +986,11 @@ func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothing
 	if l.key() == "" {
 		return nothingMade
 	}
-	_ = framework.DeleteWAL(ctx, s, l.WALID) // or rollback would spare it
+	if l.WALID != "" { // or rollback would spare it
+		walCtx, cancel := context.WithTimeout(ctx, undoTimeout/2)
+		defer cancel()
+		_ = framework.DeleteWAL(walCtx, s, l.WALID)
+	}
 	return b.deleteCredential(ctx, s, l) == nil
 }
 
