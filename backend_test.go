@@ -4156,6 +4156,24 @@ func TestRevokedAtOnce(t *testing.T) {
 			}
 		})
 	}
+	// Entries that were kept for a revocation under way are gone when it has ended.
+	for _, kind := range []string{"slow", "hang"} {
+		synctest.Test(t, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			secret := e.creds("web").Secret
+			if kind == "slow" {
+				e.sim.SetLatency(25 * time.Second)
+			} else {
+				e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Kind: kind, Times: -1})
+			}
+			if err := failure(e.lease(logical.RevokeOperation, secret)); (err == nil) != (kind == "slow") {
+				t.Errorf("%s revocation: got %v", kind, err)
+			}
+			if got := e.keys(framework.WALPrefix); len(got) != 0 {
+				t.Errorf("write-ahead-log entries after a %s revocation: got %d, want none", kind, len(got))
+			}
+		})
+	}
 	synctest.Test(t, func(t *testing.T) {
 		e := newConfiguredEnv(t)
 		for _, wait := range []time.Duration{0, time.Minute} {

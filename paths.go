@@ -1139,13 +1139,18 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *frame
 	b.unsettled.Store(l.WALID, nil) // its entry, if there is one, may be all that remembers the credential
 	err = b.deleteCredential(callCtx, req.Storage, l)
 	b.reportCredential(ctx, req, credRevoked, "revoke", l, start, err)
-	if err == nil {
-		b.unsettled.Delete(l.WALID)
-		return nil, nil
+	var failures int
+	var cleanupErr error
+	if err != nil {
+		failures, cleanupErr = b.rememberCleanup(ctx, req.Storage, l, 1)
 	}
-	failures, cleanupErr := b.rememberCleanup(ctx, req.Storage, l, 1)
 	if cleanupErr == nil {
-		b.unsettled.Delete(l.WALID)
+		if _, kept := b.unsettled.LoadAndDelete(l.WALID); !kept { // settle has passed it by
+			_ = framework.DeleteWAL(ctx, req.Storage, l.WALID)
+		}
+	}
+	if err == nil {
+		return nil, nil
 	}
 	if cleanupErr == nil && failures >= maxRevokeFailures {
 		b.metrics.add(metricHandedOver, 1)

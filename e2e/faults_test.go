@@ -184,8 +184,9 @@ func TestFaults(t *testing.T) {
 		go func() {
 			_, answer, _ := fetch(context.Background())
 			id, _ := dig(answer, "data", "service_account_id").(string)
+			name, _ := dig(answer, "data", "service_account").(string)
 			lease, _ := answer["lease_id"].(string)
-			answered <- creds{accountID: id, lease: lease}
+			answered <- creds{accountID: id, account: name, lease: lease}
 		}()
 		e.called(1, http.MethodPost, accountsPath)
 		pids, err := e.PluginPids()
