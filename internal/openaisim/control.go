@@ -11,13 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"os"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -36,6 +35,13 @@ type Fault struct {
 	Body   string      `json:"body"` // empty: an error in OpenAI's form
 
 	Process bool `json:"process"` // the call is processed first, and its answer is lost
+
+	// Late delays the processing. The call is answered at once, as Kind or Status says. The
+	// server processes it this long after its arrival, and what it creates has that later
+	// time. The key, its access and the limits are checked on arrival, everything else when
+	// the call is processed: if its project or account is gone by then, nothing happens.
+	// Process is ignored. 0: no delay. In JSON it is a string that time.ParseDuration reads.
+	Late time.Duration `json:"late"`
 
 	// Kind is empty for an answer as above, or
 	//	close      the connection is closed without an answer
@@ -62,12 +68,12 @@ type Call struct {
 	KeyID     string    `json:"key_id"` // of the key that the call carried, even if it is dead; empty: unknown
 	RequestID string    `json:"request_id"`
 	Time      time.Time `json:"time"`      // of arrival
-	Processed bool      `json:"processed"` // the call was carried out with success, whatever was answered
+	Processed bool      `json:"processed"` // the call was carried out with success, whatever was answered and when
 }
 
-// Inject adds a fault to the queue. It panics when Path or Kind is invalid.
+// Inject adds a fault to the queue. It panics when Path, Kind or Late is invalid.
 func (s *Server) Inject(f Fault) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	if err := s.inject(f); err != nil {
 		panic("openaisim: " + err.Error())
@@ -81,6 +87,9 @@ func (s *Server) inject(f Fault) (err error) {
 	if !slices.Contains([]string{"", "close", "hang", "malformed", "oversized", "redirect", "refuse"}, f.Kind) {
 		return fmt.Errorf("unknown kind of fault %q", f.Kind)
 	}
+	if f.Late < 0 {
+		return fmt.Errorf("a call can't be late by %s", f.Late)
+	}
 	if f.Times == 0 {
 		f.Times = 1
 	}
@@ -88,25 +97,35 @@ func (s *Server) inject(f Fault) (err error) {
 	return nil
 }
 
-// ClearFaults empties the queue of faults.
+// ClearFaults empties the queue of faults. Calls that are late already stay so.
 func (s *Server) ClearFaults() { s.locked(func() { s.faults = nil }) }
 
 // SetLatency makes each API call take d: half of it before the call is processed, half
 // of it after. A client that leaves in the first half has done nothing.
 func (s *Server) SetLatency(d time.Duration) { s.locked(func() { s.latency = d }) }
 
-// SetRateLimit sets a token bucket for the calls with a valid key. A call over it is
-// answered 429 with the time until the next token, in Retry-After and Retry-After-Ms.
-// perSecond 0: no limit.
-func (s *Server) SetRateLimit(perSecond float64, burst int) {
-	s.mu.Lock()
+// SetDate sets whether the answers of the API carry a Date: with the mode "", they carry
+// the simulator's time when the answer was made, and with "none" they carry none. A
+// fault's Header goes first. It panics when there is no such mode.
+func (s *Server) SetDate(mode string) {
+	s.lock()
 	defer s.mu.Unlock()
-	s.rate, s.burst, s.tokens, s.filled = perSecond, float64(burst), float64(burst), s.now()
+	if err := s.setDate(mode); err != nil {
+		panic("openaisim: " + err.Error())
+	}
+}
+
+func (s *Server) setDate(mode string) error {
+	if mode != "" && mode != "none" {
+		return fmt.Errorf("unknown mode of the date %q", mode)
+	}
+	s.dateless = mode == "none"
+	return nil
 }
 
 // Calls returns the calls of the API since the start or the last ResetCalls.
 func (s *Server) Calls() []Call {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	calls := []Call{}
 	for _, c := range s.calls {
@@ -169,6 +188,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		panic(http.ErrAbortHandler) // closes the connection
 	}
+	w.Header()["Date"] = nil // net/http adds none of its own
 	for name, values := range a.header {
 		w.Header()[name] = values
 	}
@@ -192,6 +212,9 @@ func (t transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, context.Cause(ctx)
 	}
 	a, err := t.s.exchange(ctx, in)
+	if trace := httptrace.ContextClientTrace(ctx); trace != nil && trace.GotConn != nil && !errors.Is(err, errRefused) {
+		trace.GotConn(httptrace.GotConnInfo{}) // as a client over the network has it before it sends
+	}
 	addr := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 443}
 	switch {
 	case errors.Is(err, errRefused):
@@ -226,7 +249,10 @@ func (s *Server) exchange(ctx context.Context, in *incoming) (*answer, error) {
 		return nil, err
 	}
 	var a *answer
-	if fault == nil || fault.Process {
+	switch {
+	case fault != nil && fault.Late > 0:
+		s.postpone(in, call, fault.Late)
+	case fault == nil || fault.Process:
 		a = s.carryOut(in, call)
 	}
 	if fault != nil {
@@ -239,11 +265,12 @@ func (s *Server) exchange(ctx context.Context, in *incoming) (*answer, error) {
 		}
 		a = fault.answer(in)
 	}
+	s.stamp(a)
 	if err := wait(ctx, latency-latency/2); err != nil {
 		return nil, err
 	}
 	a.header.Set("X-Request-Id", call.RequestID)
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	call.Status = a.status
 	return a, nil
@@ -251,7 +278,7 @@ func (s *Server) exchange(ctx context.Context, in *incoming) (*answer, error) {
 
 // arrive records a call and finds the fault that it meets, or nil.
 func (s *Server) arrive(in *incoming) (*Call, *Fault, time.Duration) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	call := &Call{
 		Method: in.method, Path: strings.TrimPrefix(in.path, "/v1"), Host: in.host,
@@ -279,20 +306,32 @@ func (s *Server) arrive(in *incoming) (*Call, *Fault, time.Duration) {
 
 // carryOut processes a call and makes its answer.
 func (s *Server) carryOut(in *incoming, call *Call) *answer {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
-	v, err := s.process(in)
+	rt, ids, err := s.admit(in)
+	var v any
+	if err == nil {
+		v, err = s.process(in, rt, ids)
+	}
 	if err == nil {
 		call.Processed = true
 		return jsonAnswer(200, v)
 	}
-	e := err.(*apiError) // process has no others
+	e := err.(*apiError) // admit and process have no others
 	a := jsonAnswer(e.status, e.view())
-	if e.retryAfter > 0 {
-		a.header.Set("Retry-After", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()))))
-		a.header.Set("Retry-After-Ms", strconv.Itoa(int(math.Ceil(e.retryAfter.Seconds()*1000))))
+	for name, values := range e.header {
+		a.header[name] = values
 	}
 	return a
+}
+
+// stamp dates an answer, unless it has a date.
+func (s *Server) stamp(a *answer) {
+	s.lock()
+	defer s.mu.Unlock()
+	if _, dated := a.header["Date"]; !dated && !s.dateless {
+		a.header.Set("Date", s.now().UTC().Format(http.TimeFormat))
+	}
 }
 
 func (f *Fault) answer(in *incoming) *answer {
@@ -348,9 +387,14 @@ func wait(ctx context.Context, d time.Duration) error {
 type settings struct {
 	Duration  string  // as time.ParseDuration reads it
 	PerSecond float64 `json:"per_second"`
+	PerMinute int     `json:"per_minute"`
 	Burst     int
 	Seconds   int
+	Status    int
 	On        bool
+
+	Window, Headers, Typed bool
+	Mode, Access           string
 
 	Project, Account string
 	ID, Value        string // empty: made up
@@ -359,21 +403,25 @@ type settings struct {
 
 // control carries out a call of the control API, which takes and gives JSON:
 //
-//	POST   /_sim/faults      a Fault, its fields in lower case
+//	POST   /_sim/faults        a Fault, its fields in lower case
 //	DELETE /_sim/faults
-//	POST   /_sim/latency     {duration}; SetLatency
-//	POST   /_sim/keydelay    {duration}; SetKeyDelay
-//	POST   /_sim/advance     {duration}; Advance
-//	POST   /_sim/ratelimit   {per_second, burst}; SetRateLimit
-//	POST   /_sim/maxkeylife  {seconds}; SetMaxKeyLife
-//	POST   /_sim/lax         {on}; SetLax
-//	POST   /_sim/archive     {id}; ArchiveProject
-//	POST   /_sim/projects    {id, name}; answers {id}
-//	POST   /_sim/accounts    {project, id, name, role}; answers {id}
-//	POST   /_sim/keys        {project, account, id, name, value}; answers {id, value}
-//	POST   /_sim/adminkeys   {id, name, value}; answers {id, value}
-//	GET    /_sim/state       what exists, without key values
-//	GET    /_sim/calls       Calls
+//	POST   /_sim/latency       {duration}; SetLatency
+//	POST   /_sim/keydelay      {duration}; SetKeyDelay
+//	POST   /_sim/advance       {duration}; Advance
+//	POST   /_sim/ratelimit     {per_second, burst}; SetRateLimit
+//	POST   /_sim/endpointlimit {per_minute, burst, window, headers}; SetEndpointLimit
+//	POST   /_sim/maxkeylife    {seconds}; SetMaxKeyLife
+//	POST   /_sim/lax           {on}; SetLax
+//	POST   /_sim/date          {mode}; SetDate
+//	POST   /_sim/gonestatus    {status, typed}; SetGoneStatus
+//	POST   /_sim/adminaccess   {id, access}; SetAdminKeyAccess
+//	POST   /_sim/archive       {id}; ArchiveProject
+//	POST   /_sim/projects      {id, name}; answers {id}
+//	POST   /_sim/accounts      {project, id, name, role}; answers {id}
+//	POST   /_sim/keys          {project, account, id, name, value}; answers {id, value}
+//	POST   /_sim/adminkeys     {id, name, value}; answers {id, value}
+//	GET    /_sim/state         what exists, without key values
+//	GET    /_sim/calls         Calls
 //	DELETE /_sim/calls
 //
 // Errors are 400 {"error": text}.
@@ -408,6 +456,8 @@ func (s *Server) control(in *incoming) (any, error) {
 		s.Advance(d)
 	case "POST ratelimit":
 		s.SetRateLimit(c.PerSecond, c.Burst)
+	case "POST endpointlimit":
+		s.SetEndpointLimit(c.PerMinute, c.Burst, c.Window, c.Headers)
 	case "POST maxkeylife":
 		s.SetMaxKeyLife(c.Seconds)
 	case "POST lax":
@@ -424,13 +474,19 @@ func (s *Server) control(in *incoming) (any, error) {
 
 // controlState is the part of control that can fail on what the parameters name.
 func (s *Server) controlState(call string, c settings, f Fault) (any, error) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	switch call {
 	case "GET state":
 		return s.state(), nil
 	case "POST faults":
 		return struct{}{}, s.inject(f)
+	case "POST date":
+		return struct{}{}, s.setDate(c.Mode)
+	case "POST gonestatus":
+		return struct{}{}, s.setGoneStatus(c.Status, c.Typed)
+	case "POST adminaccess":
+		return struct{}{}, s.setAdminKeyAccess(c.ID, c.Access)
 	case "POST adminkeys":
 		return created(s.addKey(nil, nil, c.ID, c.Name, c.Value, 0))
 	case "POST projects":

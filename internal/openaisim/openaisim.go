@@ -18,7 +18,10 @@
 //   - project keys are listed, unless asked otherwise, only when their owner has a role;
 //   - a refused key, also one of the wrong kind, is 401 invalid_api_key.
 //
-// Scopes are stored but do not narrow what a key can do at /v1/models.
+// Scopes are stored but do not narrow what a key can do at /v1/models. An admin key that
+// a restricted one makes is not restricted; see SetAdminKeyAccess.
+//
+// Every answer of the API carries a Date from the simulator's clock; see SetDate.
 package openaisim
 
 import (
@@ -47,8 +50,9 @@ const (
 // Server is a simulated OpenAI with one organization. Its methods may be used
 // concurrently; each API call takes effect at one moment.
 type Server struct {
-	mu       sync.Mutex    // guards everything below
+	mu       sync.Mutex    // guards everything below; taken with lock
 	offset   time.Duration // see Advance
+	moment   time.Time     // the clock stands here while a late call is carried out; zero: it runs
 	first    *key          // see AdminKey
 	admins   []*key
 	projects []*project
@@ -62,8 +66,14 @@ type Server struct {
 	maxKeyLife int // seconds; 0: no policy
 	lax        bool
 
-	rate, burst, tokens float64   // of the rate limit; rate in tokens per second, 0: no limit
-	filled              time.Time // when tokens was right
+	late       []lateCall // in the order in which they fall due
+	dateless   bool       // answers carry no Date
+	goneStatus int        // see SetGoneStatus; 0: the usual 404
+	goneTyped  bool
+
+	limit          *limiter // see SetRateLimit; nil: no limit
+	endpointLimit  limiter  // a new one for each endpoint; capacity 0: no limit
+	endpointLimits map[*route]*limiter
 }
 
 // AdminKey is an admin key as a test sees it.
@@ -96,6 +106,7 @@ type key struct {
 	ProjectKey
 	value   string
 	account *account
+	access  string    // of an admin key, see SetAdminKeyAccess; empty: all
 	used    time.Time // zero: never
 	ready   time.Time // refused before
 	deleted bool
@@ -126,15 +137,26 @@ func New() *Server {
 	return s
 }
 
+// lock locks s.mu, and carries out the late calls that have fallen due.
+func (s *Server) lock() {
+	s.mu.Lock()
+	s.carryOutLate()
+}
+
 // locked runs f with s.mu held.
 func (s *Server) locked(f func()) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	f()
 }
 
 // now is the simulator's time.
-func (s *Server) now() time.Time { return time.Now().Add(s.offset) }
+func (s *Server) now() time.Time {
+	if !s.moment.IsZero() {
+		return s.moment
+	}
+	return time.Now().Add(s.offset)
+}
 
 // Advance moves the simulator's clock, which runs with time.Now, ahead by d.
 func (s *Server) Advance(d time.Duration) { s.locked(func() { s.offset += d }) }
@@ -144,7 +166,7 @@ func (s *Server) AdminKey() (value, id string) { return s.first.value, s.first.I
 
 // AddAdminKey makes an admin key that does not expire.
 func (s *Server) AddAdminKey(name string) (value, id string) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	k := must(s.addKey(nil, nil, "", name, "", 0))
 	return k.value, k.ID
@@ -152,7 +174,7 @@ func (s *Server) AddAdminKey(name string) (value, id string) {
 
 // AddProject makes an active project. It panics when the id is taken.
 func (s *Server) AddProject(id, name string) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	must(s.addProject(id, name))
 }
@@ -160,7 +182,7 @@ func (s *Server) AddProject(id, name string) {
 // ArchiveProject archives a project, whose service accounts and keys are gone with it.
 // It panics when there is no such project.
 func (s *Server) ArchiveProject(id string) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	s.archive(must(find(s.projects, "project", id)))
 }
@@ -168,14 +190,14 @@ func (s *Server) ArchiveProject(id string) {
 // AddServiceAccount makes a service account without a key in an active project. The
 // role is owner, member or none. It panics when that is not possible.
 func (s *Server) AddServiceAccount(project, name, role string) (id string) {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	return must(s.addAccount(must(find(s.projects, "project", project)), "", name, role)).ID
 }
 
 // AdminKeys returns the live admin keys: not deleted, not expired.
 func (s *Server) AdminKeys() []AdminKey {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	return s.adminKeys()
 }
@@ -193,7 +215,7 @@ func (s *Server) adminKeys() []AdminKey {
 // ServiceAccounts returns the service accounts of a project. It panics when there is no
 // such project.
 func (s *Server) ServiceAccounts(project string) []ServiceAccount {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	return must(find(s.projects, "project", project)).serviceAccounts()
 }
@@ -209,7 +231,7 @@ func (p *project) serviceAccounts() []ServiceAccount {
 // ProjectKeys returns the keys of a project, expired ones too. It panics when there is
 // no such project.
 func (s *Server) ProjectKeys(project string) []ProjectKey {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	return must(find(s.projects, "project", project)).projectKeys()
 }
@@ -224,7 +246,7 @@ func (p *project) projectKeys() []ProjectKey {
 
 // Use tells whether /v1/models would accept this project key now.
 func (s *Server) Use(key string) bool {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	_, err := s.authenticate(http.Header{"Authorization": {"Bearer " + key}}, false)
 	return err == nil
@@ -237,6 +259,50 @@ func (s *Server) SetKeyDelay(d time.Duration) { s.locked(func() { s.keyDelay = d
 // SetMaxKeyLife sets the organization's policy: keys of both kinds must expire within
 // this many seconds of their creation, or of the update of their expiry. 0: no policy.
 func (s *Server) SetMaxKeyLife(seconds int) { s.locked(func() { s.maxKeyLife = seconds }) }
+
+// SetAdminKeyAccess restricts what an admin key may do: all and write restrict nothing
+// that the API here offers, and read allows GET only, so that anything else is 403
+// insufficient_permissions. It panics when there is no such key or access.
+func (s *Server) SetAdminKeyAccess(id, access string) {
+	s.lock()
+	defer s.mu.Unlock()
+	if err := s.setAdminKeyAccess(id, access); err != nil {
+		panic("openaisim: " + err.Error())
+	}
+}
+
+func (s *Server) setAdminKeyAccess(id, access string) error {
+	k, err := find(s.admins, "admin key", id)
+	if err != nil {
+		return err
+	}
+	if !slices.Contains([]string{"all", "write", "read"}, access) {
+		return fmt.Errorf("unknown access %q", access)
+	}
+	k.access = access
+	return nil
+}
+
+// SetGoneStatus sets the status of the answer to a DELETE of a service account or a key
+// that does not exist, or not any more. With typed, the answer is an error in OpenAI's
+// form, but its code is null; otherwise it is JSON without an error object. A GET of the
+// same is answered with the usual 404 all the same, and so is a DELETE in a project that
+// does not exist. 0: the usual 404 for all. It panics when status is not 0 or an error.
+func (s *Server) SetGoneStatus(status int, typed bool) {
+	s.lock()
+	defer s.mu.Unlock()
+	if err := s.setGoneStatus(status, typed); err != nil {
+		panic("openaisim: " + err.Error())
+	}
+}
+
+func (s *Server) setGoneStatus(status int, typed bool) error {
+	if status != 0 && (status < 400 || status > 599) {
+		return fmt.Errorf("%d is not the status of an error", status)
+	}
+	s.goneStatus, s.goneTyped = status, typed
+	return nil
+}
 
 // SetLax makes the server accept values that OpenAI's documents rule out but that the
 // generated tests of OpenAI's own libraries send: limit=0, a cursor and a scope that are
@@ -373,17 +439,21 @@ func (k *key) redacted() string {
 
 // apiError is an error in OpenAI's form.
 type apiError struct {
-	status     int
-	typ        string // empty: invalid_request_error
-	param      string // empty: null
-	code       string // empty: null
-	message    string
-	retryAfter time.Duration // 0: not sent
+	status  int
+	typ     string // empty: invalid_request_error
+	param   string // empty: null
+	code    string // empty: null
+	message string
+	bare    bool        // answered without an error object
+	header  http.Header // sent with the answer
 }
 
 func (e *apiError) Error() string { return e.message }
 
 func (e *apiError) view() map[string]any {
+	if e.bare {
+		return map[string]any{"detail": e.message}
+	}
 	return map[string]any{"error": map[string]any{
 		"message": e.message, "type": cmp.Or(e.typ, "invalid_request_error"), "param": orNull(e.param), "code": orNull(e.code),
 	}}
@@ -422,20 +492,13 @@ func (s *Server) authenticate(h http.Header, admin bool) (*key, error) {
 	return k, nil
 }
 
-// takeToken takes a token for a call, or returns the error that tells when there is one.
-func (s *Server) takeToken() error {
-	if s.rate <= 0 {
+// permit returns the error for what the access of an admin key does not allow.
+func (k *key) permit(method string) error {
+	if k.access != "read" || method == http.MethodGet {
 		return nil
 	}
-	now := s.now()
-	s.tokens = min(s.burst, s.tokens+now.Sub(s.filled).Seconds()*s.rate)
-	s.filled = now
-	if s.tokens < 1-1e-6 { // who waited as long as told is not turned away by rounding
-		return &apiError{status: 429, typ: "requests", code: "rate_limit_exceeded", message: "Rate limit reached. Please try again later.",
-			retryAfter: time.Duration((1 - s.tokens) / s.rate * float64(time.Second))}
-	}
-	s.tokens--
-	return nil
+	return &apiError{status: 403, code: "insufficient_permissions",
+		message: "You have insufficient permissions for this operation. Missing scopes: api.management.write."}
 }
 
 // request is an API call that was found valid.
@@ -523,34 +586,41 @@ func (rt *route) match(method, path string) (map[string]string, bool) {
 	return ids, true
 }
 
-// process carries out an API call and returns the object to answer with.
-func (s *Server) process(in *incoming) (any, error) {
-	for _, rt := range routes {
+// admit finds the endpoint of a call and what stands for {project} and the others in its
+// path. Its error is that of a call that is turned away, whatever it asks for.
+func (s *Server) admit(in *incoming) (*route, map[string]string, error) {
+	for i := range routes {
+		rt := &routes[i]
 		ids, ok := rt.match(in.method, in.path)
 		if !ok {
 			continue
 		}
 		caller, err := s.authenticate(in.header, rt.path != "models")
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if err := s.takeToken(); err != nil {
-			return nil, err
+		if err := s.takeTokens(rt); err != nil {
+			return nil, nil, err
 		}
-		r := &request{now: s.now()}
-		caller.used = r.now
-		if r.query, err = s.parseQuery(in.query, rt.query); err != nil {
-			return nil, err
-		}
-		if r.body, err = s.parseBody(in, rt.body); err != nil {
-			return nil, err
-		}
-		if err := s.resolve(r, &rt, ids); err != nil {
-			return nil, err
-		}
-		return rt.handle(s, r)
+		caller.used = s.now()
+		return rt, ids, caller.permit(in.method)
 	}
-	return nil, &apiError{status: 404, message: fmt.Sprintf("Invalid URL (%s %s)", in.method, in.path)}
+	return nil, nil, &apiError{status: 404, message: fmt.Sprintf("Invalid URL (%s %s)", in.method, in.path)}
+}
+
+// process carries out a call that was admitted and returns the object to answer with.
+func (s *Server) process(in *incoming, rt *route, ids map[string]string) (_ any, err error) {
+	r := &request{now: s.now()}
+	if r.query, err = s.parseQuery(in.query, rt.query); err != nil {
+		return nil, err
+	}
+	if r.body, err = s.parseBody(in, rt.body); err != nil {
+		return nil, err
+	}
+	if err := s.resolve(r, rt, ids); err != nil {
+		return nil, err
+	}
+	return rt.handle(s, r)
 }
 
 // resolve finds what the path names. An archived project can be read, but it has no
@@ -568,17 +638,25 @@ func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err erro
 	}
 	if id, ok := ids["{account}"]; ok {
 		if r.account, err = find(r.project.accounts, "service account", id); err != nil {
-			return err
+			return s.gone(rt, err)
 		}
 		r.object = r.account
 	}
 	if id, ok := ids["{key}"]; ok {
 		if r.key, err = find(among, "API key", id); err != nil {
-			return err
+			return s.gone(rt, err)
 		}
 		r.object = r.key
 	}
 	return nil
+}
+
+// gone is the error for an account or a key that err does not find; see SetGoneStatus.
+func (s *Server) gone(rt *route, err error) error {
+	if s.goneStatus == 0 || rt.method != http.MethodDelete {
+		return err
+	}
+	return &apiError{status: s.goneStatus, message: err.Error(), bare: !s.goneTyped}
 }
 
 func (s *Server) parseQuery(raw, spec string) (map[string]any, error) {

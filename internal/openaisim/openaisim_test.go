@@ -100,7 +100,7 @@ func refused(t *testing.T, s *Server, method, path, body string, status int, cod
 
 // snapshot is what the server holds, without the time.
 func (s *Server) snapshot() string {
-	s.mu.Lock()
+	s.lock()
 	defer s.mu.Unlock()
 	m := s.state().(map[string]any)
 	delete(m, "now")
@@ -664,7 +664,7 @@ func TestFaultQueue(t *testing.T) {
 	s.ClearFaults()
 	refused(t, s, "DELETE", accountPath+"/x", "", 404, "not_found")
 
-	for _, f := range []Fault{{Path: "("}, {Kind: "explode"}} {
+	for _, f := range []Fault{{Path: "("}, {Kind: "explode"}, {Late: -1}} {
 		func() {
 			defer func() {
 				if recover() == nil {
@@ -767,13 +767,18 @@ func TestControl(t *testing.T) {
 		}
 	}
 	for _, c := range []struct{ method, path, body string }{
-		{"POST", "faults", `{"method":"GET","path":"models","skip":1,"times":2,"status":503,"header":{"Retry-After":["1"]},"body":"b","process":true,"kind":""}`},
+		{"POST", "faults", `{"method":"GET","path":"models","skip":1,"times":2,"status":503,` +
+			`"header":{"Retry-After":["1"]},"body":"b","process":true,"late":"1m30s","kind":""}`},
 		{"POST", "latency", `{"duration":"2ms"}`},
 		{"POST", "keydelay", `{"duration":"1h"}`},
 		{"POST", "advance", `{"duration":"1h"}`},
 		{"POST", "ratelimit", `{"per_second":1.5,"burst":3}`},
 		{"POST", "maxkeylife", `{"seconds":60}`},
 		{"POST", "lax", `{"on":true}`},
+		{"POST", "endpointlimit", `{"per_minute":8,"burst":2,"window":true,"headers":true}`},
+		{"POST", "date", `{"mode":"none"}`},
+		{"POST", "gonestatus", `{"status":410,"typed":true}`},
+		{"POST", "adminaccess", `{"id":"admin","access":"read"}`},
 		{"POST", "archive", `{"id":"p"}`},
 		{"DELETE", "calls", ""},
 	} {
@@ -782,14 +787,29 @@ func TestControl(t *testing.T) {
 	}
 	f := *s.faults[0]
 	f.path = nil
-	same(t, "fault", f, Fault{Method: "GET", Path: "models", Skip: 1, Times: 2, Status: 503, Header: http.Header{"Retry-After": {"1"}}, Body: "b", Process: true})
-	same(t, "settings", []any{s.latency, s.keyDelay, s.offset, s.rate, s.burst, s.maxKeyLife, s.lax, s.Use("v"), len(s.Calls())},
-		[]any{2 * time.Millisecond, time.Hour, time.Hour, 1.5, 3.0, 60, true, false, 0})
+	want := Fault{
+		Method: "GET", Path: "models", Skip: 1, Times: 2, Status: 503, Header: http.Header{"Retry-After": {"1"}},
+		Body: "b", Process: true, Late: 90 * time.Second,
+	}
+	same(t, "fault", f, want)
+	same(t, "more settings", []any{s.endpointLimit, s.dateless, s.goneStatus, s.goneTyped, s.admins[1].access},
+		[]any{limiter{capacity: 8, headers: true, quota: 8}, true, 410, true, "read"})
+	text, _ := json.Marshal(want)
+	control("POST", "faults", string(text))
+	f = *s.faults[1]
+	f.path = nil
+	same(t, "fault written and read", f, want)
+	same(t, "settings", []any{s.latency, s.keyDelay, s.offset, s.limit.rate, s.limit.capacity},
+		[]any{2 * time.Millisecond, time.Hour, time.Hour, 1.5, 3.0})
+	same(t, "other settings", []any{s.maxKeyLife, s.lax, s.Use("v"), len(s.Calls())}, []any{60, true, false, 0})
 	control("DELETE", "faults", "")
 	same(t, "faults", len(s.faults), 0)
 
 	for _, c := range []struct{ method, path, body string }{
 		{"GET", "nothing", ""}, {"POST", "faults", "{"}, {"POST", "faults", `{"path":"("}`}, {"POST", "faults", `{"kinds":"close"}`},
+		{"POST", "faults", `{"late":"1"}`}, {"POST", "faults", `{"late":1}`}, {"POST", "faults", `{"late":"-1s"}`},
+		{"POST", "date", `{"mode":"x"}`}, {"POST", "gonestatus", `{"status":200}`},
+		{"POST", "adminaccess", `{"id":"x","access":"all"}`}, {"POST", "adminaccess", `{"id":"admin","access":"x"}`},
 		{"POST", "latency", `{"duration":"1"}`}, {"POST", "projects", `{"id":"p"}`}, {"POST", "archive", `{"id":"q"}`},
 		{"POST", "accounts", `{"project":"p","role":"member"}`}, {"POST", "accounts", `{"project":"` + DefaultProject + `","role":"x"}`},
 		{"POST", "keys", `{"project":"` + DefaultProject + `","account":"x"}`}, {"POST", "adminkeys", `{"value":"w"}`},
