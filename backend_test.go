@@ -13,11 +13,13 @@ import (
 	"io"
 	"maps"
 	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
+	"net/http/httptrace"
 	"os"
+	"path"
 	"regexp"
 	"runtime"
 	"slices"
@@ -31,44 +33,38 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
-	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/helper/consts"
-	"github.com/hashicorp/vault/sdk/helper/logging"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
-	"github.com/hashicorp/vault/sdk/rotation"
 
 	"vault-plugin-secrets-openai/internal/openaisim"
+	"vault-plugin-secrets-openai/internal/vaultsim"
 )
 
-// env is a mount with its storage and a simulated OpenAI.
+// env is a mount in a small Vault, with a simulated OpenAI. Nothing in it uses the network, so that it works inside a
+// testing/synctest bubble.
 type env struct {
-	t       testing.TB
-	sim     *openaisim.Server
-	wire    *wire // to the simulator
-	b       *backend
-	storage *testStorage
-	system  *logical.StaticSystemView
-	log     *logBuffer
-	who     string          // display name of the token that asks
-	secret  *logical.Secret // a lease to work with, where a test needs one
+	*vaultsim.Vault
+	t    testing.TB
+	sim  *openaisim.Server
+	wire *wire // to the simulator
 }
 
-// newEnv returns a mount without config. Nothing in it uses the network, so that it
-// works inside a testing/synctest bubble.
+// newEnv returns a mount without config.
 func newEnv(t testing.TB) *env {
 	t.Helper()
-	e := &env{
-		t:       t,
-		sim:     openaisim.New(),
-		storage: &testStorage{Storage: &logical.InmemStorage{}},
-		system:  &logical.StaticSystemView{DefaultLeaseTTLVal: time.Hour, MaxLeaseTTLVal: 32 * 24 * time.Hour},
-		log:     &logBuffer{},
-		who:     "token",
-	}
-	e.wire = &wire{RoundTripper: e.sim.Transport()}
-	e.restart()
-	t.Cleanup(func() { e.noSecrets("the log", e.log.String()) })
+	return newEnvOn(t, openaisim.New())
+}
+
+// newEnvOn returns a further mount on an organization.
+func newEnvOn(t testing.TB, sim *openaisim.Server) *env {
+	t.Helper()
+	e := &env{t: t, sim: sim, wire: &wire{to: sim.Transport()}}
+	e.Vault = vaultsim.New(t, func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+		b := newBackend(&processWire{e.wire, vaultsim.Process(conf)}, mountID(conf.BackendUUID))
+		return b, b.Setup(ctx, conf)
+	})
+	t.Cleanup(func() { e.noSecrets("the log", e.Log.String()) })
 	return e
 }
 
@@ -77,30 +73,18 @@ func newConfiguredEnv(t testing.TB) *env {
 	t.Helper()
 	e := newEnv(t)
 	e.configure(nil)
-	e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+	e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
 	return e
 }
 
-// restart replaces the backend by a new one on the same storage, as a new plugin process.
-func (e *env) restart() {
-	e.t.Helper()
-	e.b = newBackend(e.wire)
-	err := e.b.Setup(context.Background(), &logical.BackendConfig{
-		Logger: logging.NewVaultLoggerWithWriter(e.log, 1), // 1: trace
-		System: testSystem{e.system}, StorageView: e.storage,
-	})
-	if err != nil {
-		e.t.Fatal(err)
-	}
+// inBubble runs test on a configured mount with a virtual clock.
+func inBubble(t *testing.T, test func(t *testing.T, e *env)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) { test(t, newConfiguredEnv(t)) })
 }
 
-// crash is restart, but what the process before it still does reaches storage no more.
-func (e *env) crash() {
-	e.t.Helper()
-	e.storage.setFault(func(string, string) error { return errors.New("the process has ended") })
-	e.storage = &testStorage{Storage: e.storage.Storage}
-	e.restartOn(nil, nil)
-}
+// b is the backend of the present process.
+func (e *env) b() *backend { return e.Backend().(*backend) }
 
 // configure writes config with the simulator's first admin key, and extra over it.
 func (e *env) configure(extra map[string]any) *logical.Response {
@@ -110,159 +94,102 @@ func (e *env) configure(extra map[string]any) *logical.Response {
 	for name, value := range extra {
 		data[name] = value
 	}
-	return e.ok(logical.CreateOperation, "config", data)
+	return e.ok("config", data)
 }
 
-// do makes a request as Vault does.
-func (e *env) do(op logical.Operation, path string, data map[string]any) (*logical.Response, error) {
-	return e.b.HandleRequest(context.Background(), &logical.Request{
-		Operation: op, Path: path, Data: data, Storage: e.storage, MountPoint: "openai/", DisplayName: e.who,
-	})
-}
-
-// ok makes a request that must succeed.
-func (e *env) ok(op logical.Operation, path string, data map[string]any) *logical.Response {
+// ok makes a write that must succeed.
+func (e *env) ok(path string, data map[string]any) *logical.Response {
 	e.t.Helper()
-	resp, err := e.do(op, path, data)
+	resp, err := e.Write(path, data)
+	if err := failure(resp, err); err != nil {
+		e.t.Fatalf("write %s: %v", path, err)
+	}
+	return resp
+}
+
+// get makes a read (or another operation) without data that must succeed.
+func (e *env) get(path string) *logical.Response { return e.op(logical.ReadOperation, path, nil) }
+
+func (e *env) op(op logical.Operation, path string, data map[string]any) *logical.Response {
+	e.t.Helper()
+	resp, err := e.Do(op, path, data)
 	if err := failure(resp, err); err != nil {
 		e.t.Fatalf("%s %s: %v", op, path, err)
 	}
 	return resp
 }
 
-// refused makes a request that must be the caller's mistake (a 400), with every text of
-// want in its message.
-func (e *env) refused(op logical.Operation, path string, data map[string]any, want ...string) {
+// refused makes a write that must be the caller's mistake (a 400), with every text of want in its message.
+func (e *env) refused(path string, data map[string]any, want ...string) {
 	e.t.Helper()
-	resp, err := e.do(op, path, data)
+	resp, err := e.Write(path, data)
+	e.refusal(resp, err, want...)
+}
+
+// refusal checks that an answer is a 400 whose message has every text of want.
+func (e *env) refusal(resp *logical.Response, err error, want ...string) {
+	e.t.Helper()
 	if err != nil || !resp.IsError() {
-		e.t.Errorf("%s %s %v: got response %v and error %v, want an error response", op, path, keyPattern.ReplaceAllString(fmt.Sprint(data), "sk-***"), resp, err)
+		e.t.Errorf("got response %v and error %v, want an error response", resp, err)
 		return
 	}
 	for _, text := range want {
 		if !strings.Contains(resp.Error().Error(), text) {
-			e.t.Errorf("%s %s %v: got %q, want it to contain %q", op, path, keyPattern.ReplaceAllString(fmt.Sprint(data), "sk-***"), resp.Error(), text)
+			e.t.Errorf("got %q, want it to contain %q", resp.Error(), text)
 		}
 	}
 	e.noSecrets("an error", resp.Error().Error())
 }
 
-// creds reads a credential of the role.
-func (e *env) creds(role string) *logical.Response {
+// lease reads a credential of the role, which must succeed.
+func (e *env) lease(role string) *vaultsim.Lease {
 	e.t.Helper()
-	resp := e.ok(logical.ReadOperation, "creds/"+role, nil)
-	// Vault gives the lease back as JSON, without the data.
-	resp.Secret.IssueTime = time.Now()
-	return resp
-}
-
-// lease makes a request about a lease as Vault does: its internal data have been JSON.
-func (e *env) lease(op logical.Operation, secret *logical.Secret) (*logical.Response, error) {
-	e.t.Helper()
-	stored := *secret
-	stored.InternalData = map[string]any{}
-	if err := decode(secret.InternalData, &stored.InternalData); err != nil {
-		e.t.Fatal(err)
+	l, err := e.Issue("creds/"+role, nil)
+	if err != nil {
+		e.t.Fatalf("creds/%s: %v", role, err)
 	}
-	return e.b.HandleRequest(context.Background(), &logical.Request{
-		Operation: op, Path: "creds/x", Secret: &stored, Storage: e.storage, MountPoint: "openai/",
-	})
+	return l
 }
 
 // revoke revokes a lease, which must succeed.
-func (e *env) revoke(secret *logical.Secret) {
+func (e *env) revoke(l *vaultsim.Lease) {
 	e.t.Helper()
-	if err := failure(e.lease(logical.RevokeOperation, secret)); err != nil {
+	if err := e.Revoke(l); err != nil {
 		e.t.Fatalf("revoke: %v", err)
 	}
-}
-
-// renew renews a lease, which must succeed, and returns the TTL that Vault then gives it.
-func (e *env) renew(secret *logical.Secret) time.Duration {
-	e.t.Helper()
-	resp, err := e.lease(logical.RenewOperation, secret)
-	if err := failure(resp, err); err != nil {
-		e.t.Fatalf("renew: %v", err)
-	}
-	ttl := resp.Secret.TTL
-	if secret.Increment > 0 {
-		ttl = secret.Increment
-	}
-	return min(ttl, time.Until(secret.IssueTime.Add(resp.Secret.MaxTTL)))
-}
-
-// tick is Vault's periodic call: rotation, sweep, rollback of the old enough entries.
-func (e *env) tick() {
-	e.t.Helper()
-	_, _ = e.do(logical.RollbackOperation, "", nil)
-}
-
-// keys returns the storage keys below a prefix.
-func (e *env) keys(prefix string) []string {
-	e.t.Helper()
-	list, err := e.storage.Storage.List(context.Background(), prefix)
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	return list
-}
-
-// pending returns the write-ahead-log entries but those of credentials that were handed out.
-// It gives those of pending credentials the time that their reservations may take.
-func (e *env) pending() (ids []string) {
-	e.t.Helper()
-	for end := time.Now().Add(reserveTime + 2*time.Second); ; time.Sleep(100 * time.Millisecond) {
-		ids = nil
-		reserved := false
-		for _, id := range e.keys(framework.WALPrefix) {
-			entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
-			if err != nil {
-				e.t.Fatal(err)
-			}
-			if entry != nil && entry.Kind != walIssued {
-				ids = append(ids, id)
-				reserved = reserved || entry.Kind == walCredential
-			}
-		}
-		if !reserved || time.Now().After(end) {
-			return ids
-		}
-	}
-}
-
-// put stores an entry as it is.
-func (e *env) put(key, json string) {
-	e.t.Helper()
-	if err := e.storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte(json)}); err != nil {
-		e.t.Fatal(err)
-	}
-}
-
-// stored returns all that is in storage, as text to compare.
-func (e *env) stored() string {
-	e.t.Helper()
-	entries := map[string]string{}
-	keys, err := logical.CollectKeys(context.Background(), e.storage.Storage)
-	for _, key := range keys {
-		var entry *logical.StorageEntry
-		if entry, err = e.storage.Storage.Get(context.Background(), key); err == nil && entry != nil {
-			entries[key] = string(entry.Value)
-		}
-	}
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	return fmt.Sprint(entries)
 }
 
 // config returns the stored config.
 func (e *env) config() *config {
 	e.t.Helper()
-	cfg, err := getConfig(context.Background(), e.storage.Storage)
+	cfg, err := getConfig(context.Background(), e.Storage)
 	if err != nil || cfg == nil {
 		e.t.Fatalf("config: got %v, %v", cfg, err)
 	}
 	return cfg
+}
+
+// put stores an entry as it is.
+func (e *env) put(key, json string) {
+	e.t.Helper()
+	if err := e.Storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte(json)}); err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// have checks how many accounts and project keys OpenAI has in the default project.
+func (e *env) have(accounts, keys int, when string) {
+	e.t.Helper()
+	a, k := len(e.sim.ServiceAccounts(openaisim.DefaultProject)), len(e.sim.ProjectKeys(openaisim.DefaultProject))
+	if a != accounts || k != keys {
+		e.t.Errorf("%s: got %d accounts and %d keys, want %d and %d", when, a, k, accounts, keys)
+	}
+}
+
+// idle waits until nothing works in the background any more.
+func (e *env) idle() {
+	e.b().passMu.Lock()
+	defer e.b().passMu.Unlock()
 }
 
 // noSecrets fails the test if text holds anything like a key.
@@ -273,24 +200,20 @@ func (e *env) noSecrets(where, text string) {
 	}
 }
 
-// testSystem is a Vault without a rotation manager.
-type testSystem struct{ *logical.StaticSystemView }
-
-func (testSystem) RegisterRotationJob(context.Context, *rotation.RotationJobConfigureRequest) (string, error) {
-	return "", automatedrotationutil.ErrRotationManagerUnsupported
-}
-
-func (testSystem) DeregisterRotationJob(context.Context, *rotation.RotationJobDeregisterRequest) error {
-	return nil
-}
-
-// wire records the requests to OpenAI.
+// wire records the requests to OpenAI, and can fail them.
 type wire struct {
-	http.RoundTripper
-
 	mu       sync.Mutex
-	requests []string    // method, path below /v1 with query, body
-	header   http.Header // of the last one
+	to       http.RoundTripper
+	fault    func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) // nil: none
+	requests []string                                                                             // method, path below /v1 with query, body
+	header   http.Header                                                                          // of the last one
+}
+
+// setFault makes f stand between the mount and OpenAI; nil: nothing does.
+func (w *wire) setFault(f func(*http.Request, func() (*http.Response, error)) (*http.Response, error)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.fault = f
 }
 
 func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -306,2554 +229,43 @@ func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	w.mu.Lock()
 	w.requests, w.header = append(w.requests, text), req.Header
+	fault, to := w.fault, w.to
 	w.mu.Unlock()
-	return w.RoundTripper.RoundTrip(req)
+	if fault == nil {
+		return to.RoundTrip(req)
+	}
+	return fault(req, func() (*http.Response, error) { return to.RoundTrip(req) })
 }
 
 // sent returns the requests since the last time that it was asked.
-func (e *env) sent() []string {
-	e.wire.mu.Lock()
-	defer e.wire.mu.Unlock()
-	requests := e.wire.requests
-	e.wire.requests = nil
+func (w *wire) sent() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	requests := w.requests
+	w.requests = nil
 	return requests
 }
 
-// logBuffer is a log that several goroutines write.
-type logBuffer struct {
-	mu   sync.Mutex
-	text strings.Builder
+// processWire is a wire of one plugin process: when the process has ended, it sends nothing.
+type processWire struct {
+	*wire
+	process context.Context
 }
 
-var _ io.Writer = (*logBuffer)(nil)
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.text.String()
-}
-
-// testStorage is storage that fails on demand.
-type testStorage struct {
-	logical.Storage
-
-	mu sync.Mutex
-	// fault, where set, is asked before each operation (get, put, delete or list) on a key;
-	// its error is the operation's.
-	fault func(verb, key string) error
-}
-
-// setFault makes f the storage's fault; nil: none.
-func (s *testStorage) setFault(f func(verb, key string) error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.fault = f
-}
-
-func (s *testStorage) check(verb, key string) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.fault == nil {
-		return nil
-	}
-	return s.fault(verb, key)
-}
-
-func (s *testStorage) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	if err := s.check("get", key); err != nil {
+func (w *processWire) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := w.process.Err(); err != nil {
 		return nil, err
 	}
-	return s.Storage.Get(ctx, key)
+	return w.wire.RoundTrip(req)
 }
 
-func (s *testStorage) Put(ctx context.Context, entry *logical.StorageEntry) error {
-	if err := s.check("put", entry.Key); err != nil {
-		return err
-	}
-	return s.Storage.Put(ctx, entry)
-}
-
-func (s *testStorage) Delete(ctx context.Context, key string) error {
-	if err := s.check("delete", key); err != nil {
-		return err
-	}
-	return s.Storage.Delete(ctx, key)
-}
-
-func (s *testStorage) List(ctx context.Context, prefix string) ([]string, error) {
-	if err := errors.Join(s.check("list", prefix), ctx.Err()); err != nil {
-		return nil, err
-	}
-	return s.Storage.List(ctx, prefix)
-}
-
-// TestLife is a credential's life: issued, used, renewed, revoked.
-func TestLife(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.sim.ResetCalls()
-	resp := e.creds("web")
-	if got := len(e.sim.Calls()); got != 1 {
-		t.Errorf("calls to OpenAI for a credential: got %d, want 1", got)
-	}
-	key := resp.Data["api_key"].(string)
-	if !e.sim.Use(key) {
-		t.Error("the key is not accepted")
-	}
-	if err := failure(e.lease(logical.RenewOperation, resp.Secret)); err != nil {
-		t.Errorf("renew: %v", err)
-	}
-	e.revoke(resp.Secret)
-	if e.sim.Use(key) {
-		t.Error("the key is accepted after its lease was revoked")
-	}
-	if got := e.sim.ServiceAccounts(openaisim.DefaultProject); len(got) != 0 {
-		t.Errorf("service accounts after revocation: got %v, want none", got)
-	}
-}
-
-// TestPathTable walks over the paths: what Vault's help and OpenAPI document need is there,
-// secrets are marked, and what writes is forwarded to where storage can be written.
-func TestPathTable(t *testing.T) {
-	secrets := map[string]bool{"admin_api_key": true, "api_key": true}
-	checkFields := func(where string, fields map[string]*framework.FieldSchema) {
-		for name, field := range fields {
-			if field.Description == "" {
-				t.Errorf("%s, field %s: no description", where, name)
-			}
-			if got := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive; got != secrets[name] {
-				t.Errorf("%s, field %s: sensitive: got %v, want %v", where, name, got, secrets[name])
-			}
-		}
-	}
-	b := newBackend(nil)
-	var got []string
-	for _, path := range b.Paths {
-		if path.HelpSynopsis == "" || path.HelpDescription == "" {
-			t.Errorf("%s: no help", path.Pattern)
-		}
-		if path.DisplayAttrs == nil || path.DisplayAttrs.OperationPrefix != "openai" {
-			t.Errorf("%s: no operation prefix", path.Pattern)
-		}
-		if _, creates := path.Operations[logical.CreateOperation]; creates != (path.ExistenceCheck != nil) {
-			t.Errorf("%s: create operation: %v, existence check: %v", path.Pattern, creates, path.ExistenceCheck != nil)
-		}
-		checkFields(path.Pattern, path.Fields)
-		for op, handler := range path.Operations {
-			where := path.Pattern + " " + string(op)
-			got = append(got, where)
-			properties := handler.Properties()
-			if handler.Handler() == nil || properties.Summary == "" || properties.DisplayAttrs == nil || properties.DisplayAttrs.OperationVerb == "" {
-				t.Errorf("%s: lacks a callback, a summary or a verb", where)
-			}
-			if len(properties.Responses) != 1 {
-				t.Errorf("%s: got %d responses, want 1", where, len(properties.Responses))
-			}
-			for status, responses := range properties.Responses {
-				for _, r := range responses {
-					checkFields(where, r.Fields)
-					if r.Description == "" || (status == http.StatusOK) != (len(r.Fields) > 0) {
-						t.Errorf("%s: response %d with %d fields, described as %q", where, status, len(r.Fields), r.Description)
-					}
-				}
-			}
-			writes := op == logical.CreateOperation || op == logical.UpdateOperation || op == logical.DeleteOperation
-			creds := strings.HasPrefix(path.Pattern, "creds/") // writes to its own cluster's storage only
-			if properties.ForwardPerformanceStandby != (writes || creds) || properties.ForwardPerformanceSecondary != writes {
-				t.Errorf("%s: forwarded by standby: %v, by secondary: %v", where, properties.ForwardPerformanceStandby, properties.ForwardPerformanceSecondary)
-			}
-		}
-	}
-	for _, secret := range b.Secrets {
-		checkFields(secret.Type, secret.Fields)
-	}
-	slices.Sort(got)
-	want := []string{
-		"config create", "config delete", "config read", "config update", "config/rotate update",
-		"creds/" + framework.GenericNameRegex("name") + " read", "metrics read",
-		"roles/" + framework.GenericNameRegex("name") + " create", "roles/" + framework.GenericNameRegex("name") + " delete",
-		"roles/" + framework.GenericNameRegex("name") + " read", "roles/" + framework.GenericNameRegex("name") + " update",
-		"roles/?$ list",
-	}
-	if !slices.Equal(got, want) {
-		t.Errorf("operations:\n got %q\nwant %q", got, want)
-	}
-	if b.Help == "" {
-		t.Error("the engine has no help")
-	}
-}
-
-// TestAnswers checks real answers against the schema that Vault's OpenAPI document shows.
-func TestAnswers(t *testing.T) {
-	e := newConfiguredEnv(t)
-	scoped := map[string]any{"project_id": openaisim.DefaultProject, "scopes": "api.all.read", "max_ttl": "300d"}
-	e.failing(openaisim.Fault{Method: "DELETE", Path: "admin_api_keys", Status: 403})
-	for _, tt := range []struct {
-		op   logical.Operation
-		path string
-		data map[string]any
-	}{
-		{logical.ListOperation, "roles", nil},
-		{logical.ReadOperation, "config", nil},
-		{logical.UpdateOperation, "config", map[string]any{"rotation_period": "30d", "rotation_policy": "p"}},
-		{logical.UpdateOperation, "config/rotate", nil},
-		{logical.ReadOperation, "config", nil},
-		{logical.CreateOperation, "roles/scoped", scoped},
-		{logical.ListOperation, "roles", nil},
-		{logical.ReadOperation, "roles/web", nil},
-		{logical.ReadOperation, "roles/scoped", nil},
-		{logical.ReadOperation, "creds/web", nil},
-		{logical.ReadOperation, "creds/scoped", nil},
-		{logical.ReadOperation, "metrics", nil},
-		{logical.ReadOperation, "metrics", map[string]any{"format": "prometheus"}},
-		{logical.DeleteOperation, "roles/scoped", nil},
-		{logical.DeleteOperation, "config", nil},
-		{logical.ReadOperation, "metrics", nil},
-	} {
-		t.Run(string(tt.op)+" "+tt.path, func(t *testing.T) {
-			resp := e.ok(tt.op, tt.path, tt.data)
-			schema.ValidateResponse(t, schema.GetResponseSchema(t, e.b.Route(tt.path), tt.op), resp, true)
-		})
-	}
-}
-
-// bad is a value of a field that must be refused.
-type bad struct {
-	field string
-	value any    // nil: the field is missing, where there is nothing yet
-	want  string // in the message, besides the field's name
-}
-
-// refusesAll writes valid with each bad value in it, where there is nothing yet and where
-// there is something, and checks that nothing is stored and that OpenAI is not asked.
-func (e *env) refusesAll(path string, valid map[string]any, tests []bad) {
-	e.t.Helper()
-	refused := func(op logical.Operation, data map[string]any, tt bad) {
-		e.t.Helper()
-		before := e.stored()
-		e.refused(op, path, data, tt.field, tt.want)
-		if got := e.stored(); got != before {
-			e.t.Errorf("%s %s with %s=%v: storage has changed", op, path, tt.field, tt.value)
-		}
-	}
-	e.sent()
-	for _, tt := range tests {
-		data := maps.Clone(valid)
-		data[tt.field] = tt.value
-		maps.DeleteFunc(data, func(_ string, value any) bool { return value == nil })
-		refused(logical.CreateOperation, data, tt)
-	}
-	if got := e.sent(); len(got) != 0 {
-		e.t.Errorf("%s: asked OpenAI about bad input: %q", path, got)
-	}
-	e.ok(logical.CreateOperation, path, valid)
-	for _, tt := range tests {
-		if tt.value != nil {
-			refused(logical.UpdateOperation, map[string]any{tt.field: tt.value}, tt)
-		}
-	}
-}
-
-// aMap is a value of the wrong type for every field. What it holds must not be quoted.
-var aMap = map[string]any{"value": "sk-admin-simulated-secret"}
-
-// badDurations are what no duration field takes.
-func badDurations(field string) (tests []bad) {
-	for _, value := range []any{"soon", -1, "-1h", "999999999999h", int64(math.MaxInt64), aMap, []any{"1h", "2h"}} {
-		tests = append(tests, bad{field, value, ""})
-	}
-	return tests
-}
-
-func TestConfigBadInput(t *testing.T) {
-	e := newEnv(t)
-	key, id := e.sim.AdminKey()
-	valid := map[string]any{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
-	tests := slices.Concat([]bad{
-		{"admin_api_key", nil, "required"},
-		{"admin_api_key", "", "required"},
-		{"admin_api_key", "short", "8 to 512"},
-		{"admin_api_key", strings.Repeat("k", 513), "8 to 512"},
-		{"admin_api_key", "sk-admin-simulated secret", "without spaces"},
-		{"admin_api_key", "sk-admin-simulated\r\nX-Header: secret", "printable"},
-		{"admin_api_key", aMap, ""},
-		{"admin_api_key", []any{"sk-admin-simulated-secret"}, ""},
-		{"admin_api_key_id", "key_x/../y", "letters"},
-		{"admin_api_key_id", strings.Repeat("k", 129), "128"},
-		{"admin_api_key_id", aMap, ""},
-		{"organization_id", nil, "required"},
-		{"organization_id", "", "required"},
-		{"organization_id", "org-sim\nX-Header: x", "letters"},
-		{"organization_id", strings.Repeat("o", 129), "128"},
-		{"organization_id", aMap, ""},
-		{"api_endpoint", aMap, ""},
-		{"verify_connection", "perhaps", "true or false"},
-		{"verify_connection", aMap, "true or false"},
-		{"disable_automated_rotation", "perhaps", ""},
-		{"rotation_policy", aMap, ""},
-		{"rotation_schedule", "now and then", ""},
-		{"rotation_schedule", "61 * * * *", ""},
-		{"rotation_schedule", "* * * * * *", ""},
-		{"rotation_schedule", "TZ=Europe/Berlin 0 3 * * 0", "time zone"},
-		{"rotation_schedule", "CRON_TZ=UTC 0 3 * * 0", "time zone"},
-		{"rotation_schedule", "0 3 30 2 *", "no time to come"},
-		{"rotation_period", "soon", "between rotations"},
-		{"rotation_schedule", aMap, ""},
-		{"rotation_window", "1h", "rotation_schedule"},
-		{"admin_key_ttl", 3600, "rotation_period"},
-	}, badDurations("rotation_period"), badDurations("rotation_window"), badDurations("admin_key_ttl"))
-	for _, endpoint := range []string{
-		"api.openai.com", "api.openai.com/v1", "/v1", "https://", "https:///v1", "https:api.openai.com", "://x", "%", "https://exa mple/v1",
-		"https://api.openai.com:0", "https://api.openai.com:65536/v1", "https://api.openai.com:-1", "https://api.openai.com:x", "https://api.openai.com:/v1",
-		"https://api.openai.com:443:443/v1", "https://::1/v1", "https://[::1/v1", "https://api.openai.com/v1\n",
-		"https://user:sk-password@api.openai.com/v1", "https://user@api.openai.com/v1", "https://@api.openai.com/v1",
-		"https://api.openai.com/v1?key=sk-secret", "https://api.openai.com/v1?", "https://api.openai.com/v1#part", "https://api.openai.com/v1#",
-		"http://api.openai.com/v1", "http://10.0.0.1/v1", "http://localhost.example.com/v1", "http://127.0.0.1.example.com/v1", "http://0.0.0.0/v1",
-		"ftp://api.openai.com", "file:///etc/passwd", "unix:///run/x.sock", "javascript:alert(1)", "ws://127.0.0.1",
-		"https://api.openai.com/v1/../v2", "https://api.openai.com/..", "https://api.openai.com/%2e%2e/v1", "https://api.openai.com/v1/.%2E",
-	} {
-		tests = append(tests, bad{"api_endpoint", endpoint, ""})
-	}
-	e.refusesAll("config", valid, tests)
-
-	// What is wrong only together.
-	for _, tt := range []struct {
-		data map[string]any
-		want []string
-	}{
-		{map[string]any{"rotation_period": 3600, "rotation_schedule": "0 0 * * *"}, []string{"rotation_period", "rotation_schedule"}},
-		{map[string]any{"rotation_schedule": "0 0 * * *", "rotation_window": 60}, []string{"rotation_window"}},
-		{map[string]any{"rotation_period": 3600, "rotation_window": 3600}, []string{"rotation_window"}},
-		{map[string]any{"rotation_period": 3600, "admin_key_ttl": 7199}, []string{"admin_key_ttl", "2h"}},
-		{map[string]any{"rotation_period": 3600, "admin_key_ttl": 365*86400 + 1}, []string{"admin_key_ttl", "365 days"}},
-		{map[string]any{"rotation_schedule": "0 0 1 * *", "admin_key_ttl": "61d"}, []string{"admin_key_ttl"}},
-		{map[string]any{"rotation_period": 3600, "admin_key_ttl": 7200, "disable_automated_rotation": true}, []string{"admin_key_ttl", "disable_automated_rotation"}},
-	} {
-		before := e.stored()
-		e.refused(logical.UpdateOperation, "config", tt.data, tt.want...)
-		if e.stored() != before {
-			t.Errorf("%v: storage has changed", tt.data)
-		}
-	}
-	e.ok(logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600, "admin_key_ttl": 7200})
-	e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_schedule": "0 0 * * *"}, "rotation_period", "rotation_schedule")
-	e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": 0}, "admin_key_ttl")
-}
-
-// wants compares an answer's data, all of it.
-func (e *env) wants(resp *logical.Response, want map[string]any) {
-	e.t.Helper()
-	if resp == nil {
-		e.t.Errorf("got no answer, want %v", want)
-	} else if got, want := fmt.Sprint(resp.Data), fmt.Sprint(want); got != want {
-		e.t.Errorf("answer:\n got %s\nwant %s", got, want)
-	}
-}
-
-func TestConfig(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newEnv(t)
-		if resp := e.ok(logical.ReadOperation, "config", nil); resp != nil {
-			t.Errorf("read before it is written: got %v, want nothing", resp.Data)
-		}
-		if resp := e.ok(logical.DeleteOperation, "config", nil); resp != nil {
-			t.Errorf("delete before it is written: got %v, want nothing", resp)
-		}
-		for _, path := range []string{"creds/web", "roles/web"} {
-			e.put("roles/web", `{"project_id":"proj_sim"}`)
-			e.refused(map[string]logical.Operation{"creds/web": logical.ReadOperation, "roles/web": logical.UpdateOperation}[path], path, nil, "not configured", "config")
-		}
-		e.refused(logical.UpdateOperation, "config/rotate", nil, "not configured")
-
-		if resp := e.configure(nil); resp != nil {
-			t.Errorf("write: got %v, want no content", resp)
-		}
-		key, id := e.sim.AdminKey()
-		want := map[string]any{
-			"admin_api_key_id": id, "organization_id": "org-sim", "api_endpoint": "https://api.openai.com/v1",
-			"admin_key_ttl": 0, "admin_key_expires_at": "", "last_rotated": "2000-01-01T00:00:00Z", "next_rotation": "",
-			"rotation_manager": "none", "pending_deletion": []string{}, "rotation_schedule": "", "rotation_window": 0,
-			"rotation_period": 0, "disable_automated_rotation": false, "rotation_policy": "",
-		}
-		e.wants(e.ok(logical.ReadOperation, "config", nil), want)
-
-		time.Sleep(time.Hour)
-		for _, step := range []struct{ write, changes map[string]any }{
-			{map[string]any{"api_endpoint": "http://localhost:8080/v1//", "admin_api_key": key + "\n"}, map[string]any{"api_endpoint": "http://localhost:8080/v1"}},
-			{map[string]any{}, nil},
-			{
-				map[string]any{"rotation_period": "36h"},
-				map[string]any{"rotation_period": 129600, "next_rotation": "2000-01-02T12:00:00Z", "rotation_manager": "plugin"},
-			},
-			{map[string]any{"admin_key_ttl": "72h"}, map[string]any{"admin_key_ttl": 259200}},
-			{
-				map[string]any{"disable_automated_rotation": true, "admin_key_ttl": 0},
-				map[string]any{"disable_automated_rotation": true, "admin_key_ttl": 0, "next_rotation": "", "rotation_manager": "none"},
-			},
-			{
-				map[string]any{"rotation_period": 0, "rotation_schedule": "0 6 * * SAT", "rotation_window": 7200, "disable_automated_rotation": false},
-				map[string]any{
-					"rotation_period": 0, "rotation_schedule": "0 6 * * SAT", "rotation_window": 7200, "disable_automated_rotation": false,
-					"next_rotation": "2000-01-01T06:00:00Z", "rotation_manager": "plugin",
-				},
-			},
-			{map[string]any{"rotation_window": 10800}, map[string]any{"rotation_window": 10800}},
-			{map[string]any{"rotation_schedule": ""}, map[string]any{"rotation_schedule": "", "rotation_window": 0, "next_rotation": "", "rotation_manager": "none"}},
-			{map[string]any{"api_endpoint": "", "admin_api_key": key}, map[string]any{"api_endpoint": "https://api.openai.com/v1"}},
-		} {
-			e.ok(logical.UpdateOperation, "config", step.write)
-			maps.Copy(want, step.changes)
-			e.wants(e.ok(logical.ReadOperation, "config", nil), want)
-		}
-
-		other, otherID := e.sim.AddAdminKey("other")
-		e.ok(logical.UpdateOperation, "config", map[string]any{"admin_api_key": other})
-		maps.Copy(want, map[string]any{"admin_api_key_id": otherID, "last_rotated": "2000-01-01T01:00:00Z"})
-		e.wants(e.ok(logical.ReadOperation, "config", nil), want)
-		if resp := e.ok(logical.UpdateOperation, "config", map[string]any{"organization_id": "org-other", "verify_connection": false}); resp == nil || len(resp.Warnings) != 1 {
-			t.Errorf("another organization: got %v, want a warning", resp)
-		}
-
-		resp := e.ok(logical.DeleteOperation, "config", nil)
-		if resp == nil || !strings.Contains(strings.Join(resp.Warnings, " "), "revoked") {
-			t.Errorf("delete: got %v, want a warning about leases", resp)
-		}
-		if got := e.keys(""); !slices.Equal(got, []string{"roles/"}) {
-			t.Errorf("storage after delete: got %v, want the roles only", got)
-		}
-		e.refused(logical.ReadOperation, "creds/web", nil, "not configured")
-	})
-}
-
-func TestEndpoints(t *testing.T) {
-	e := newEnv(t)
-	for given, want := range map[string]string{
-		"https://api.openai.com/v1":        "https://api.openai.com/v1",
-		"https://api.openai.com/v1/":       "https://api.openai.com/v1",
-		"https://eu.api.openai.com:8443//": "https://eu.api.openai.com:8443",
-		"https://[2001:db8::1]:443/v1":     "https://[2001:db8::1]:443/v1",
-		"http://127.0.0.1:8080/v1":         "http://127.0.0.1:8080/v1",
-		"http://[::1]:8080/v1":             "http://[::1]:8080/v1",
-		"http://localhost/v1..2":           "http://localhost/v1..2",
-	} {
-		e.configure(map[string]any{"api_endpoint": given, "verify_connection": false})
-		if got := e.ok(logical.ReadOperation, "config", nil).Data["api_endpoint"]; got != want {
-			t.Errorf("api_endpoint %s: got %v, want %s", given, got, want)
-		}
-	}
-	if got := e.sent(); len(got) != 0 {
-		t.Errorf("with verify_connection=false OpenAI was asked: %q", got)
-	}
-	key, _ := e.sim.AdminKey()
-	e.refused(logical.UpdateOperation, "config", map[string]any{"admin_api_key": key[:100], "verify_connection": false}, "admin_api_key_id is required", "verify_connection")
-}
-
-// TestConfigProof is about what a write of config asks OpenAI, and what it makes of the answer.
-func TestConfigProof(t *testing.T) {
-	keys := func(redacted ...string) func(*env, map[string]any) {
-		return func(e *env, data map[string]any) {
-			list := []map[string]any{{"id": "key_other", "redacted_value": "sk-admin...???"}, {"id": "key_short", "redacted_value": "?"}}
-			for i, r := range redacted {
-				key := data["admin_api_key"].(string)
-				list = append(list, map[string]any{"id": fmt.Sprintf("key_%d", i), "redacted_value": strings.ReplaceAll(r, "$", key[len(key)-3:])})
-			}
-			body, _ := json.Marshal(map[string]any{"data": list})
-			e.failing(openaisim.Fault{Method: "GET", Path: "admin_api_keys$", Status: 200, Body: string(body)})
-			delete(data, "admin_api_key_id")
-		}
-	}
-	fault := func(f openaisim.Fault) func(*env, map[string]any) {
-		return func(e *env, _ map[string]any) { e.failing(f) }
-	}
-	set := func(field string, value any) func(*env, map[string]any) {
-		return func(_ *env, data map[string]any) { data[field] = value }
-	}
-	unverified := []string{"admin API key could not be verified", "verify_connection=false"}
-	for name, tt := range map[string]struct {
-		prepare func(*env, map[string]any)
-		id      string   // that is found then; empty: refused
-		want    []string // in the refusal
-	}{
-		"id given": {func(*env, map[string]any) {}, "first", nil},
-		"id found": {func(_ *env, data map[string]any) { delete(data, "admin_api_key_id") }, "first", nil},
-		"found on the second page": {func(e *env, data map[string]any) {
-			for range 120 {
-				e.sim.AddAdminKey("filler")
-			}
-			data["admin_api_key"], data["admin_api_key_id"] = e.sim.AddAdminKey("last")
-			delete(data, "admin_api_key_id")
-		}, "last", nil},
-		"another form of redaction": {keys("sk-admin-sim*****$"), "key_0", nil},
-		"none fits":                 {keys(), "", []string{"admin_api_key_id is required", "0 of"}},
-		"several fit":               {keys("sk-admin...$", "sk-...$"), "", []string{"admin_api_key_id is required", "2 of"}},
-		"an id that is not for URLs": {func(e *env, data map[string]any) {
-			key := data["admin_api_key"].(string)
-			e.failing(openaisim.Fault{Method: "GET", Path: "admin_api_keys$", Status: 200, Body: `{"data":[{"id":"../x","redacted_value":"sk-admin...` + key[len(key)-3:] + `"}]}`})
-			delete(data, "admin_api_key_id")
-		}, "", []string{"admin_api_key_id is required"}},
-		"id of another key":     {func(e *env, data map[string]any) { _, data["admin_api_key_id"] = e.sim.AddAdminKey("other") }, "", []string{"admin_api_key_id", "another key"}},
-		"unknown id":            {set("admin_api_key_id", "key_nowhere"), "", []string{"admin_api_key_id does not exist", "404"}},
-		"refused key":           {set("admin_api_key", "sk-admin-simulated-unknown"), "", []string{"admin_api_key", "refused", "401 invalid_api_key", "request id req_"}},
-		"refused organization":  {set("organization_id", "org-other"), "", []string{"organization_id", "refused", "401 mismatched_organization"}},
-		"forbidden":             {fault(openaisim.Fault{Status: 403}), "", []string{"admin_api_key or organization_id was refused", "403"}},
-		"refused connection":    {fault(openaisim.Fault{Kind: "refuse"}), "", append(unverified, "connection refused")},
-		"closed connection":     {fault(openaisim.Fault{Kind: "close"}), "", append(unverified, "connection reset")},
-		"hanging":               {fault(openaisim.Fault{Kind: "hang"}), "", append(unverified, "timed out")},
-		"malformed":             {fault(openaisim.Fault{Kind: "malformed"}), "", append(unverified, "not the JSON")},
-		"empty":                 {fault(openaisim.Fault{Status: 200, Body: `{}`}), "", append(unverified, "lacks")},
-		"oversized":             {fault(openaisim.Fault{Kind: "oversized"}), "", append(unverified, "1 MiB")},
-		"redirecting":           {fault(openaisim.Fault{Kind: "redirect"}), "", append(unverified, "redirects are not followed", "api_endpoint")},
-		"404 of another server": {fault(openaisim.Fault{Status: 404, Body: "<html>"}), "", append(unverified, "404", "api_endpoint")},
-		"server error":          {fault(openaisim.Fault{Status: 500}), "", append(unverified, "500")},
-		"rate limit":            {fault(openaisim.Fault{Status: 429}), "", append(unverified, "429")},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newEnv(t)
-				key, id := e.sim.AdminKey()
-				e.put("config", `{"admin_api_key":"sk-admin-simulated-old","admin_api_key_id":"key_old","organization_id":"org-old","api_endpoint":"https://old/v1"}`)
-				before, start := e.stored(), time.Now()
-				data := map[string]any{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
-				tt.prepare(e, data)
-				if tt.id == "" {
-					e.refused(logical.UpdateOperation, "config", data, tt.want...)
-					if got := e.stored(); got != before {
-						t.Errorf("storage after a refusal: got %s, want %s", got, before)
-					}
-				} else {
-					e.ok(logical.UpdateOperation, "config", data)
-					all := e.sim.AdminKeys()
-					want := map[string]string{"first": id, "last": all[len(all)-1].ID}
-					if got := e.config().AdminAPIKeyID; got != cmp.Or(want[tt.id], tt.id) {
-						t.Errorf("admin_api_key_id: got %s, want %s", got, cmp.Or(want[tt.id], tt.id))
-					}
-				}
-				if took := time.Since(start); took > 75*time.Second {
-					t.Errorf("took %s, want at most 75s", took)
-				}
-			})
-		})
-	}
-}
-
-// failing makes OpenAI fail until further notice.
-func (e *env) failing(f openaisim.Fault) {
-	f.Times = -1
-	e.sim.Inject(f)
-}
-
-// TestStorageFaults fails each storage access of each path: it is an inner error, no key is
-// handed out, nothing is at OpenAI, and storage is as it was.
-func TestStorageFaults(t *testing.T) {
-	role := map[string]any{"project_id": openaisim.DefaultProject, "ttl": "2h"}
-	for _, tt := range []struct {
-		op        logical.Operation
-		path      string
-		data      map[string]any
-		verb, key string // of the access that fails
-	}{
-		{logical.ReadOperation, "config", nil, "get", "config"},
-		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "get", "config"},
-		{logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "put", "config"},
-		{logical.DeleteOperation, "config", nil, "get", "config"},
-		{logical.DeleteOperation, "config", nil, "delete", "config"},
-		{logical.UpdateOperation, "config/rotate", nil, "get", "config"},
-		{logical.UpdateOperation, "config/rotate", nil, "put", "wal/"},
-		{logical.ListOperation, "roles", nil, "list", "roles/"},
-		{logical.ReadOperation, "roles/web", nil, "get", "roles/web"},
-		{logical.UpdateOperation, "roles/web", role, "get", "roles/web"},
-		{logical.UpdateOperation, "roles/web", role, "get", "config"},
-		{logical.UpdateOperation, "roles/web", role, "put", "roles/web"},
-		{logical.DeleteOperation, "roles/web", nil, "delete", "roles/web"},
-		{logical.ReadOperation, "creds/web", nil, "get", "roles/web"},
-		{logical.ReadOperation, "creds/web", nil, "get", "config"},
-		{logical.ReadOperation, "creds/web", nil, "put", "wal/"},
-		{logical.ReadOperation, "metrics", nil, "get", "config"},
-	} {
-		t.Run(string(tt.op)+" "+tt.path+" "+tt.verb+" "+tt.key, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.restart() // so that config has to be read
-			before := e.stored()
-			e.storage.setFault(func(verb, key string) error {
-				if verb == tt.verb && strings.HasPrefix(key, tt.key) {
-					return errors.New("storage fault")
-				}
-				return nil
-			})
-			resp, err := e.do(tt.op, tt.path, tt.data)
-			warned := resp != nil && tt.path == "roles/web" && tt.key == "config" && strings.Contains(fmt.Sprint(resp.Warnings), "storage fault")
-			if (err == nil || resp != nil || !strings.Contains(err.Error(), "storage fault")) && !warned {
-				t.Errorf("got %v and error %v, want the storage's error", resp, err)
-			}
-			if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != 0 {
-				t.Errorf("service accounts: got %d, want none", got)
-			}
-			e.storage.setFault(nil)
-			if !warned && e.stored() != before {
-				t.Error("storage has changed")
-			}
-			e.creds("web")
-		})
-	}
-}
-
-func TestRoleBadInput(t *testing.T) {
-	e := newEnv(t)
-	e.configure(nil)
-	tests := slices.Concat([]bad{
-		{"project_id", nil, "required"},
-		{"project_id", "", "required"},
-		{"project_id", "proj_x/../../admin_api_keys", "letters"},
-		{"project_id", "proj_x?limit=1", "letters"},
-		{"project_id", strings.Repeat("p", 129), "128"},
-		{"project_id", aMap, ""},
-		{"service_account_name_template", aMap, ""},
-		{"service_account_description", strings.Repeat("d", 1025), "1024"},
-		{"service_account_description", aMap, ""},
-		{"ttl", 0, "more than 0"},
-		{"ttl", "25h", "max_ttl"},
-		{"max_ttl", 0, "more than 0"},
-		{"max_ttl", "366d", "365 days"},
-		{"max_ttl", "59m", "ttl must be"}, // less than ttl
-		{"enforce_key_expiry", "perhaps", "true or false"},
-		{"enforce_key_expiry", aMap, "true or false"},
-		{"scopes", "api.all.read,API ALL", "names like"},
-		{"scopes", []string{strings.Repeat("s", 129)}, "names like"},
-		{"scopes", manyScopes(101), "100"},
-		{"scopes", aMap, ""},
-		{"service_account_role", "none", "member or owner"},
-		{"service_account_role", "admin", "member or owner"},
-		{"service_account_role", "member", "scopes"}, // without scopes
-		{"service_account_role", aMap, ""},
-		{"service_account_id", "svc_acct_x/api_keys", "letters"},
-		{"service_account_id", strings.Repeat("s", 129), "128"},
-		{"service_account_id", aMap, ""},
-	}, badDurations("ttl"), badDurations("max_ttl"))
-	valid := map[string]any{"project_id": openaisim.DefaultProject, "ttl": "1h"}
-	e.refusesAll("roles/web", valid, tests)
-
-	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-	e.ok(logical.UpdateOperation, "roles/web", map[string]any{"scopes": "api.all.read", "service_account_role": "owner"})
-	e.refused(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": account}, "service_account_role", "service_account_id", "exclude")
-	e.refused(logical.UpdateOperation, "roles/web", map[string]any{"scopes": ""}, "service_account_role needs scopes")
-	e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": account, "service_account_role": ""})
-	e.ok(logical.UpdateOperation, "roles/web", map[string]any{"scopes": manyScopes(100)})
-}
-
-func manyScopes(n int) (scopes []string) {
-	for i := range n {
-		scopes = append(scopes, fmt.Sprintf("api.s%d.read", i))
-	}
-	return scopes
-}
-
-func TestRole(t *testing.T) {
-	e := newEnv(t)
-	e.configure(nil)
-	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-	e.wants(e.ok(logical.ListOperation, "roles", nil), map[string]any{})
-	if resp := e.ok(logical.ReadOperation, "roles/web.1", nil); resp != nil {
-		t.Errorf("read before it is written: got %v, want nothing", resp.Data)
-	}
-	want := map[string]any{
-		"project_id": "proj_sim", "service_account_name_template": "vault-{{.RoleName}}-{{.RandomSuffix}}",
-		"service_account_description": "Service account created by Vault", "ttl": 3600, "max_ttl": 86400, "enforce_key_expiry": true,
-		"scopes": []string{}, "service_account_role": "", "service_account_id": "",
-	}
-	for i, step := range []struct{ write, changes map[string]any }{
-		{map[string]any{"project_id": "proj_sim"}, nil},
-		{map[string]any{}, nil},
-		{map[string]any{"ttl": "90m", "max_ttl": "365d"}, map[string]any{"ttl": 5400, "max_ttl": 31536000}},
-		{map[string]any{"ttl": 7200, "max_ttl": 7200}, map[string]any{"ttl": 7200, "max_ttl": 7200}},
-		{map[string]any{"enforce_key_expiry": false}, map[string]any{"enforce_key_expiry": false}},
-		{
-			map[string]any{"service_account_description": "for tests", "enforce_key_expiry": "true"},
-			map[string]any{"service_account_description": "for tests", "enforce_key_expiry": true},
-		},
-		{
-			map[string]any{"scopes": []string{"api.b.read", "api.a.read", "api.b.read"}, "service_account_role": "owner"},
-			map[string]any{"scopes": []string{"api.a.read", "api.b.read"}, "service_account_role": "owner"},
-		},
-		{map[string]any{"service_account_role": "", "service_account_id": account}, map[string]any{"service_account_role": "", "service_account_id": account}},
-		{map[string]any{"scopes": ""}, map[string]any{"scopes": []string{}}},
-		{map[string]any{"service_account_id": ""}, map[string]any{"service_account_id": ""}},
-	} {
-		op := []logical.Operation{logical.CreateOperation, logical.UpdateOperation}[min(i, 1)]
-		if resp := e.ok(op, "roles/web.1", step.write); (resp != nil) != (step.changes["max_ttl"] == 31536000) { // over the mount's maximum
-			t.Errorf("write %v: got %v", step.write, resp)
-		}
-		maps.Copy(want, step.changes)
-		e.wants(e.ok(logical.ReadOperation, "roles/web.1", nil), want)
-	}
-	e.ok(logical.CreateOperation, "roles/short", map[string]any{"project_id": "proj_sim", "max_ttl": "10m"})
-	if got := e.ok(logical.ReadOperation, "roles/short", nil).Data["ttl"]; got != int64(600) {
-		t.Errorf("ttl with a max_ttl below its default: got %v, want 600", got)
-	}
-	e.wants(e.ok(logical.ListOperation, "roles/", nil), map[string]any{"keys": []string{"short", "web.1"}})
-	for range 2 {
-		if resp := e.ok(logical.DeleteOperation, "roles/web.1", nil); resp != nil {
-			t.Errorf("delete: got %v, want no content", resp)
-		}
-	}
-	e.wants(e.ok(logical.ListOperation, "roles", nil), map[string]any{"keys": []string{"short"}})
-	e.refused(logical.ReadOperation, "creds/web.1", nil, `role "web.1" does not exist`)
-}
-
-// TestRoleProof is about what a write of a role asks OpenAI, and what it makes of the answer.
-func TestRoleProof(t *testing.T) {
-	project, account := "^/organization/projects/[^/]+$", "/service_accounts/"
-	const checked = "checked" // accepted without a warning
-	for name, tt := range map[string]struct {
-		fault   *openaisim.Fault
-		data    map[string]any
-		refusal []string // that the caller's mistake is answered with; checked; empty: stored with a warning
-		calls   int      // 0: as many as time allows
-	}{
-		"project":                       {nil, nil, []string{checked}, 1},
-		"account":                       {nil, map[string]any{"service_account_id": "member"}, []string{checked}, 2},
-		"account without a role":        {nil, map[string]any{"service_account_id": "none"}, nil, 2},
-		"unknown project":               {nil, map[string]any{"project_id": "proj_nowhere"}, []string{"project_id", "proj_nowhere", "404", "request id req_"}, 1},
-		"archived project":              {nil, map[string]any{"project_id": "proj_archived"}, []string{"project_id", "proj_archived", "archived"}, 1},
-		"unknown account":               {nil, map[string]any{"service_account_id": "svc_acct_nowhere"}, []string{"service_account_id", "svc_acct_nowhere", "404"}, 2},
-		"refused key":                   {&openaisim.Fault{Status: 401}, nil, []string{"401"}, 1},
-		"refused connection":            {&openaisim.Fault{Kind: "refuse"}, nil, nil, 4},
-		"closed connection":             {&openaisim.Fault{Kind: "close"}, nil, nil, 4},
-		"hanging":                       {&openaisim.Fault{Kind: "hang"}, nil, nil, 0},
-		"hanging later":                 {&openaisim.Fault{Kind: "hang", Path: account}, map[string]any{"service_account_id": "member"}, nil, 0},
-		"malformed":                     {&openaisim.Fault{Kind: "malformed"}, nil, nil, 1},
-		"another project":               {&openaisim.Fault{Status: 200, Body: `{"id":"proj_other","status":"active"}`}, nil, nil, 1},
-		"oversized":                     {&openaisim.Fault{Kind: "oversized"}, nil, nil, 1},
-		"redirecting":                   {&openaisim.Fault{Kind: "redirect"}, nil, nil, 1},
-		"server error":                  {&openaisim.Fault{Status: 500}, nil, nil, 4},
-		"no retry wanted":               {&openaisim.Fault{Status: 500, Header: http.Header{"X-Should-Retry": {"false"}}}, nil, nil, 1},
-		"a retry wanted":                {&openaisim.Fault{Status: 400, Header: http.Header{"X-Should-Retry": {"true"}}}, nil, []string{"project_id"}, 4},
-		"time-out at OpenAI":            {&openaisim.Fault{Status: 408}, nil, nil, 4},
-		"conflict":                      {&openaisim.Fault{Status: 409}, nil, nil, 4},
-		"a short spell of errors":       {&openaisim.Fault{Status: 503, Times: 3}, nil, []string{checked}, 4},
-		"a short spell of lost answers": {&openaisim.Fault{Kind: "close", Process: true, Times: 3}, nil, []string{checked}, 4},
-		"rate limit, once":              {&openaisim.Fault{Status: 429, Times: 1}, nil, []string{checked}, 2},
-		"rate limit without end":        {&openaisim.Fault{Status: 429, Header: http.Header{"Retry-After": {"50"}}}, nil, nil, 1},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				e.sim.AddProject("proj_archived", "Archived")
-				e.sim.ArchiveProject("proj_archived")
-				data := map[string]any{"ttl": "2h"}
-				maps.Copy(data, tt.data)
-				if role := data["service_account_id"]; role == "member" || role == "none" {
-					data["service_account_id"] = e.sim.AddServiceAccount(openaisim.DefaultProject, "app", role.(string))
-				}
-				if f := tt.fault; f != nil {
-					f.Times, f.Path = cmp.Or(f.Times, -1), cmp.Or(f.Path, project)
-					e.sim.Inject(*f)
-				}
-				e.sent()
-				before, start := e.stored(), time.Now()
-				switch {
-				case len(tt.refusal) == 0:
-					resp := e.ok(logical.UpdateOperation, "roles/web", data)
-					if resp == nil || len(resp.Warnings) != 1 {
-						t.Fatalf("got %v, want one warning", resp)
-					}
-					if tt.fault != nil && !strings.Contains(resp.Warnings[0], "unchecked: ") {
-						t.Errorf("warning: got %q", resp.Warnings[0])
-					}
-					e.noSecrets("a warning", resp.Warnings[0])
-				case tt.refusal[0] == checked:
-					if resp := e.ok(logical.UpdateOperation, "roles/web", data); resp != nil {
-						t.Errorf("got %v, want no content", resp)
-					}
-				default:
-					e.refused(logical.UpdateOperation, "roles/web", data, tt.refusal...)
-				}
-				refused := len(tt.refusal) > 0 && tt.refusal[0] != checked
-				if got := e.stored() != before; got == refused {
-					t.Errorf("storage has changed: got %v, want %v", got, !refused)
-				}
-				if got := e.sent(); len(got) != cmp.Or(tt.calls, len(got)) {
-					t.Errorf("calls to OpenAI: got %q, want %d", got, tt.calls)
-				}
-				if took := time.Since(start); took > 75*time.Second {
-					t.Errorf("took %s, want at most 75s", took)
-				}
-				for _, c := range e.sim.Calls() {
-					if c.Host == openaisim.RedirectHost {
-						t.Error("a redirect was followed")
-					}
-				}
-			})
-		})
-	}
-}
-
-// TestExistingAccountName: creds never names an account that it is not about.
-func TestExistingAccountName(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		first, second := e.sim.AddServiceAccount("proj_sim", "first", "member"), e.sim.AddServiceAccount("proj_sim", "second", "member")
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": first})
-		if got := e.creds("web").Data["service_account"]; got != "first" {
-			t.Errorf("service_account: got %v, want first", got)
-		}
-		e.sim.Inject(openaisim.Fault{Method: "GET", Times: 4})
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": second})
-		if got := e.creds("web").Data; got["service_account_id"] != second || got["service_account"] == "first" {
-			t.Errorf("got account %v named %v, want %s", got["service_account_id"], got["service_account"], second)
-		}
-	})
-}
-
-// multiplied is a template that makes 4 MiB of 8 bytes, and would make far more.
-const multiplied = `{{$a:="xxxxxxxx"}}{{$a:=replace "x" $a $a}}{{$b:=replace "x" $a "xxxxxxxxxxxxxxxx"}}{{$c:=replace "x" $b $a}}` +
-	`{{$d:=replace "x" $c $a}}{{truncate 1 $d}}{{.RandomSuffix}}`
-
-func TestNameTemplates(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.who = "oidc-Jané Doe@example.com"
-	for _, tt := range []struct{ template, want string }{ // want: the name's pattern, or what is in the refusal
-		{"vault-{{.RoleName}}-{{.RandomSuffix}}", `^vault-web\.1-[a-z0-9]{10}$`},
-		{"{{.ProjectID}}_{{.RandomSuffix}}", `^proj_sim_[a-z0-9]{10}$`},
-		{"{{.ProjectName}}-{{.RandomSuffix}}", `^Simulated-project-[a-z0-9]{10}$`},
-		{"{{.DisplayName}}-{{.RandomSuffix}}", `^oidc-Jan-Doe-example-com-[a-z0-9]{10}$`},
-		{"{{.DisplayName | truncate 7 | lowercase}}-{{uuid}}", `^oidc-ja-[0-9a-f-]{36}-[a-z0-9]{10}$`},
-		{"{{random 20 | uppercase}}", `^[A-Z0-9]{20}-[a-z0-9]{10}$`},
-		{"-ä {{.RandomSuffix}} ö-", `^[a-z0-9]{10}$`},
-		{"{{.RoleName | replace \"web\" \"app\"}}{{.RandomSuffix}}", `^app-1[a-z0-9]{10}$`},
-		{strings.Repeat("x", 54) + "{{.RandomSuffix}}", `^x{54}[a-z0-9]{10}$`},
-		{"", "empty|missing"},
-		{" ", "empty"},
-		{"äöü", "empty"},
-		{"{{/* nothing */}}", "empty"},
-		{"fixed", "another name each time"},
-		{"{{.RoleName}}-{{.ProjectID}}-{{.ProjectName}}-{{.DisplayName}}", "another name each time"},
-		{"{{.RandomSuffix | truncate 64 | sha256 | replace \"a\" \"b\" | truncate 1 | replace \"x\" \"y\" | len | eq 1}}", "another name each time"},
-		{strings.Repeat("x", 55) + "{{.RandomSuffix}}", "64"},
-		{strings.Repeat("x", 240) + "{{.RandomSuffix}}", "256 bytes"},
-		{"{{.RandomSuffix", "not valid"},
-		{"{{.RandomSuffix}}{{end}}", "not valid"},
-		{"{{.Random}}", "not valid"},
-		{"{{.RoleName.RandomSuffix}}", "not valid"},
-		{"{{nope}}{{.RandomSuffix}}", "not valid"},
-		{"{{random 0}}{{.RandomSuffix}}", "not valid"},
-		{"{{random 1000000000}}", "not valid"},
-		{"{{truncate -1 .RandomSuffix}}", "not valid"},
-		{"{{range 1000000000}}x{{end}}{{.RandomSuffix}}", "no range"},
-		{"{{- \trange $i := 1000000000}}x{{end}}{{.RandomSuffix}}", "no range"},
-		{"{{define \"x\"}}{{template \"x\"}}{{end}}{{.RandomSuffix}}", "no range"},
-		{"{{template \"template\" .}}{{.RandomSuffix}}", "no range"},
-		{"{{block \"x\" .}}{{end}}{{.RandomSuffix}}", "no range"},
-		{"{{printf \"%1000000000d\" 1}}{{.RandomSuffix}}", "printf"},
-		{"{{print .}}{{.RandomSuffix}}", "print"},
-		{"{{println .}}{{.RandomSuffix}}", "println"},
-		{"{{html .RoleName}}{{.RandomSuffix}}", "html"},
-		{"{{js .RoleName}}{{.RandomSuffix}}", "js"},
-		{"{{urlquery .RoleName}}{{.RandomSuffix}}", "urlquery"},
-		{"{{.RandomSuffix | replace \"\" \"xxxxxxxx\"}}", "replace"},
-		{multiplied, "replace"},
-	} {
-		data := map[string]any{"project_id": openaisim.DefaultProject, "service_account_name_template": tt.template}
-		if !strings.HasPrefix(tt.want, "^") {
-			before := e.stored()
-			resp, err := e.do(logical.UpdateOperation, "roles/web.1", data)
-			if err != nil || !resp.IsError() {
-				t.Errorf("template %q: got %v and error %v, want a refusal", tt.template, resp, err)
-			} else if got := resp.Error().Error(); !strings.Contains(got, "service_account_name_template") || !regexp.MustCompile(tt.want).MatchString(got) {
-				t.Errorf("template %q: got %q, want it to contain service_account_name_template and %q", tt.template, got, tt.want)
-			}
-			if e.stored() != before {
-				t.Errorf("template %q: storage has changed", tt.template)
-			}
-			continue
-		}
-		e.ok(logical.UpdateOperation, "roles/web.1", data)
-		names := e.names("web.1", 2)
-		want := strings.ReplaceAll(tt.want, `\.`, "-")
-		if !regexp.MustCompile(want).MatchString(names[0]) || names[0] == names[1] {
-			t.Errorf("template %q: got names %q, want them different and like %s", tt.template, names, want)
-		}
-	}
-}
-
-// names returns the names of n new credentials, as OpenAI has them.
-func (e *env) names(role string, n int) (names []string) {
-	e.t.Helper()
-	for range n {
-		data := e.creds(role).Data
-		accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
-		if last := accounts[len(accounts)-1]; last.ID != data["service_account_id"] || last.Name != data["service_account"] {
-			e.t.Errorf("got %v, want OpenAI's %v", data["service_account"], last)
-		}
-		names = append(names, data["service_account"].(string))
-	}
-	return names
-}
-
-// TestNamesUnique: rollback finds a lost account by its name, so no two may be the same,
-// whatever the template of an older role and the asking token make of it.
-func TestNamesUnique(t *testing.T) {
-	e := newConfiguredEnv(t)
-	for _, tt := range []struct{ template, who string }{
-		{"fixed", "token"},
-		{"{{.RoleName}}-{{truncate 1 .RandomSuffix}}", "token"},
-		{"{{unix_time}}", "token"},
-		{"{{.DisplayName}}-{{.RandomSuffix}}", strings.Repeat("long", 50)},
-		{"{{.RandomSuffix}}-{{.DisplayName}}", strings.Repeat("long", 50)},
-		{"{{.DisplayName}}-{{.RandomSuffix}}", ""},
-		{"{{.DisplayName}}-{{.RandomSuffix}}", "…"},
-		{"{{.DisplayName}}-{{.RandomSuffix}}", "{{.RandomSuffix}}\r\n\x00"},
-		{"{{.DisplayName}}", "---"},
-	} {
-		template, _ := json.Marshal(tt.template)
-		e.put("roles/old", `{"project_id":"proj_sim","service_account_name_template":`+string(template)+`,"ttl":3600000000000,"max_ttl":7200000000000}`)
-		e.who = tt.who
-		names := e.names("old", 30)
-		for _, name := range names {
-			if !regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]{0,62}[A-Za-z0-9])?$`).MatchString(name) {
-				t.Errorf("%q for %q: got the name %q, which is not valid", tt.template, tt.who, name)
-			}
-		}
-		slices.Sort(names)
-		if got := len(slices.Compact(names)); got != 30 {
-			t.Errorf("%q for %q: got %d different names, want 30", tt.template, tt.who, got)
-		}
-	}
-}
-
-// TestProjectNameCalls: a project's name costs a call where a template uses it, once.
-func TestProjectNameCalls(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.ok(logical.CreateOperation, "roles/named", map[string]any{"project_id": "proj_sim", "service_account_name_template": "{{.ProjectName}}-{{.RandomSuffix}}"})
-	e.restart()
-	e.sent()
-	for i, want := range []int{2, 1, 1} {
-		e.creds("named")
-		if got := e.sent(); len(got) != want || want == 2 && got[0] != "GET /organization/projects/proj_sim" {
-			t.Errorf("credential %d: got calls %q, want %d", i, got, want)
-		}
-	}
-	e.creds("web")
-	if got := e.sent(); len(got) != 1 {
-		t.Errorf("credential of a role that does not use it: got calls %q, want 1", got)
-	}
-}
-
-const accountsPath = "/organization/projects/proj_sim/service_accounts"
-
-// TestCreds issues and revokes a credential of each kind of role.
-func TestCreds(t *testing.T) {
-	issue := "POST " + accountsPath + ` {"expires_in_seconds":3660,"name":"NAME"}`
-	keyless := "POST " + accountsPath + ` {"create_service_account_only":true,"name":"NAME"}`
-	member, owner := "POST "+accountsPath+`/ACCOUNT {"role":"member"}`, "POST "+accountsPath+`/ACCOUNT {"role":"owner"}`
-	key := "POST " + accountsPath + "/ACCOUNT/api_keys "
-	account, only := "DELETE "+accountsPath+"/ACCOUNT", "DELETE /organization/projects/proj_sim/api_keys/KEY"
-	for name, tt := range map[string]struct {
-		role   map[string]any
-		issue  []string // the requests to OpenAI
-		revoke string
-	}{
-		"own account":          {nil, []string{issue}, account},
-		"without expiry":       {map[string]any{"enforce_key_expiry": false}, []string{"POST " + accountsPath + ` {"name":"NAME"}`}, account},
-		"scoped":               {map[string]any{"scopes": "api.b.write,api.a.read"}, []string{keyless, member, key + `{"expires_in_seconds":3660,"name":"NAME","scopes":["api.a.read","api.b.write"]}`}, account},
-		"scoped, owner":        {map[string]any{"scopes": "api.a.read", "service_account_role": "owner"}, []string{keyless, owner, key + `{"expires_in_seconds":3660,"name":"NAME","scopes":["api.a.read"]}`}, account},
-		"scoped, no expiry":    {map[string]any{"scopes": "api.a.read", "enforce_key_expiry": false}, []string{keyless, member, key + `{"name":"NAME","scopes":["api.a.read"]}`}, account},
-		"existing":             {map[string]any{"service_account_id": "ACCOUNT"}, []string{key + `{"expires_in_seconds":3660,"name":"NAME"}`}, only},
-		"existing, no expiry":  {map[string]any{"service_account_id": "ACCOUNT", "enforce_key_expiry": false}, []string{key + `{"name":"NAME"}`}, only},
-		"existing with scopes": {map[string]any{"service_account_id": "ACCOUNT", "scopes": "api.a.read"}, []string{key + `{"expires_in_seconds":3660,"name":"NAME","scopes":["api.a.read"]}`}, only},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				existing := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-				role, exists := maps.Clone(tt.role), tt.role["service_account_id"] != nil
-				if exists {
-					role["service_account_id"] = existing
-				}
-				e.ok(logical.UpdateOperation, "roles/web", role)
-				e.sent()
-				start := time.Now()
-				resp := e.creds("web")
-
-				keys := e.sim.ProjectKeys(openaisim.DefaultProject)
-				accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
-				made := accounts[len(accounts)-1]
-				if len(keys) != 1 || keys[0].ServiceAccountID != made.ID || (made.ID == existing) != exists {
-					t.Fatalf("at OpenAI: got keys %v of %v, want one", keys, accounts)
-				}
-				k, expires := keys[0], tt.role["enforce_key_expiry"] == nil
-				scopes, _ := tt.role["scopes"].(string)
-				sorted := slices.Sorted(strings.SplitSeq(scopes, ","))
-				if scopes == "" {
-					sorted = []string{}
-				}
-				if !slices.Equal(k.Scopes, sorted) {
-					t.Errorf("scopes at OpenAI: got %q, want %q", k.Scopes, sorted)
-				}
-				if want, _ := tt.role["service_account_role"].(string); made.Role != cmp.Or(want, "member") {
-					t.Errorf("role of the account: got %s, want %s", made.Role, cmp.Or(want, "member"))
-				}
-				if want := start.Add(time.Hour + time.Minute); expires && !k.Expires.Equal(want) || !expires && !k.Expires.IsZero() {
-					t.Errorf("the key expires at %v, want %v: %v", k.Expires, expires, want)
-				}
-				text := ""
-				if expires {
-					text = "2000-01-01T01:01:00Z"
-				}
-				value := resp.Data["api_key"].(string)
-				e.wants(resp, map[string]any{
-					"api_key": value, "api_key_id": k.ID, "service_account": made.Name, "service_account_id": made.ID,
-					"project_id": "proj_sim", "organization_id": "org-sim", "scopes": sorted, "expires_at": text,
-				})
-				if !e.sim.Use(value) {
-					t.Error("the key is not accepted")
-				}
-				if s := resp.Secret; s.TTL != time.Hour || s.MaxTTL != 24*time.Hour || !s.Renewable || len(resp.Warnings) != 0 {
-					t.Errorf("lease: got ttl %s, max_ttl %s, renewable %v, warnings %q", s.TTL, s.MaxTTL, s.Renewable, resp.Warnings)
-				}
-				e.noSecrets("the lease", fmt.Sprint(resp.Secret.InternalData))
-				e.noSecrets("storage besides config", strings.ReplaceAll(e.stored(), e.config().AdminAPIKey, ""))
-				h, admin := e.wire.header, e.config().AdminAPIKey
-				for header, want := range map[string]string{
-					"Authorization": "Bearer " + admin, "OpenAI-Organization": "org-sim", "Content-Type": "application/json", "User-Agent": "vault-plugin-secrets-openai",
-				} {
-					if got := h.Get(header); got != want {
-						t.Errorf("header %s: got %q, want %q", header, got, want)
-					}
-				}
-				ids := strings.NewReplacer(made.ID, "ACCOUNT", k.ID, "KEY", resp.Data["service_account"].(string), "NAME", k.Name, "NAME")
-				if got := ids.Replace(strings.Join(e.sent(), "\n")); got != strings.Join(tt.issue, "\n") {
-					t.Errorf("requests:\n got %s\nwant %s", got, strings.Join(tt.issue, "\n"))
-				}
-
-				e.revoke(resp.Secret)
-				if got := ids.Replace(strings.Join(e.sent(), "\n")); got != tt.revoke {
-					t.Errorf("requests of the revocation: got %s, want %s", got, tt.revoke)
-				}
-				if got := e.sim.ServiceAccounts(openaisim.DefaultProject); len(got) != 1 || got[0].ID != existing || e.sim.Use(value) {
-					t.Errorf("accounts after revocation: got %v, want those that were there; key accepted: %v", got, e.sim.Use(value))
-				}
-				if got := e.sim.ProjectKeys(openaisim.DefaultProject); len(got) != 0 {
-					t.Errorf("keys after revocation: got %v, want none", got)
-				}
-			})
-		})
-	}
-}
-
-func TestCredsTTL(t *testing.T) {
-	for _, tt := range []struct {
-		ttl, maxTTL string
-		mount       time.Duration // its maximum; 0: it can't be had
-		asked       any
-		want        time.Duration // 0: refused
-	}{
-		{"1h", "24h", 768 * time.Hour, nil, time.Hour},
-		{"1h", "24h", 768 * time.Hour, 1, time.Second},
-		{"1h", "24h", 768 * time.Hour, "90m", 90 * time.Minute},
-		{"1h", "24h", 768 * time.Hour, "24h", 24 * time.Hour},
-		{"1h", "24h", 768 * time.Hour, 86401, 0},
-		{"1h", "24h", 768 * time.Hour, 0, 0},
-		{"1h", "24h", 768 * time.Hour, "", 0},
-		{"1h", "24h", 768 * time.Hour, "-1h", 0},
-		{"1h", "24h", 768 * time.Hour, "soon", 0},
-		{"1h", "24h", 768 * time.Hour, int64(math.MaxInt64), 0},
-		{"1h", "24h", 768 * time.Hour, aMap, 0},
-		{"12h", "24h", 6 * time.Hour, nil, 6 * time.Hour},
-		{"1h", "24h", 6 * time.Hour, "7h", 6 * time.Hour},
-		{"1h", "24h", 0, "7h", 7 * time.Hour},
-		{"365d", "365d", 10000 * time.Hour, nil, 365 * 24 * time.Hour},
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": tt.ttl, "max_ttl": tt.maxTTL})
-			e.system.MaxLeaseTTLVal = tt.mount
-			data := map[string]any{"ttl": tt.asked}
-			if tt.asked == nil {
-				data = nil
-			}
-			if tt.want == 0 {
-				e.refused(logical.ReadOperation, "creds/web", data, "ttl")
-				if got := e.sim.ServiceAccounts(openaisim.DefaultProject); len(got) != 0 {
-					t.Errorf("ttl %v: got accounts %v, want none", tt.asked, got)
-				}
-				return
-			}
-			resp := e.ok(logical.ReadOperation, "creds/web", data)
-			if resp.Secret.TTL != tt.want {
-				t.Errorf("ttl %v of %s at most %s, mount %s: got %s, want %s", tt.asked, tt.ttl, tt.maxTTL, tt.mount, resp.Secret.TTL, tt.want)
-			}
-			over := e.sim.ProjectKeys(openaisim.DefaultProject)[0].Expires.Sub(time.Now().Add(tt.want))
-			if want := min(time.Minute, 365*24*time.Hour-tt.want); over != want {
-				t.Errorf("ttl %v: the key outlives its lease by %s, want %s", tt.asked, over, want)
-			}
-			if warned := len(resp.Warnings) > 0; warned != (tt.mount == 6*time.Hour) {
-				t.Errorf("ttl %v, mount %s: got warnings %q", tt.asked, tt.mount, resp.Warnings)
-			}
-		})
-	}
-}
-
-// TestRenewal: each renewal moves the key's expiry at OpenAI with its lease's end, but never
-// past the longest life.
-func TestRenewal(t *testing.T) {
-	for name, role := range map[string]map[string]any{
-		"own account": {}, "scoped": {"scopes": "api.a.read"}, "existing": {"service_account_id": "x"}, "without expiry": {"enforce_key_expiry": false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				role := maps.Clone(role)
-				if role["service_account_id"] != nil {
-					role["service_account_id"] = e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-				}
-				role["max_ttl"] = "3h"
-				e.ok(logical.UpdateOperation, "roles/web", role)
-				e.sim.SetLatency(6 * time.Second)
-				start := time.Now()
-				resp := e.ok(logical.ReadOperation, "creds/web", nil)
-				resp.Secret.IssueTime = time.Now() // when Vault gets the answer
-				e.sent()
-				for _, step := range []struct{ wait, increment, want time.Duration }{ // want: the lease's new TTL
-					{1500 * time.Millisecond, 0, time.Hour},
-					{50 * time.Minute, 0, time.Hour},
-					{time.Minute, 10 * time.Minute, 10 * time.Minute},
-					{9 * time.Minute, 2 * time.Hour, 2 * time.Hour},
-					{100 * time.Minute, 0, 0},
-					{18 * time.Minute, 0, 0},
-				} {
-					time.Sleep(step.wait)
-					resp.Secret.Increment = step.increment
-					ttl := e.renew(resp.Secret)
-					if step.want != 0 && (ttl > step.want || ttl < step.want-time.Minute) {
-						t.Errorf("after %s: got ttl %s, want %s", time.Since(start), ttl, step.want)
-					}
-					expires := e.sim.ProjectKeys(openaisim.DefaultProject)[0].Expires
-					if role["enforce_key_expiry"] != nil {
-						if got := e.sent(); len(got) != 0 || !expires.IsZero() {
-							t.Errorf("the key expires at %v, after requests %q; want none", expires, got)
-						}
-						continue
-					}
-					if over := expires.Sub(time.Now().Add(ttl)); over < 0 || over > time.Minute {
-						t.Errorf("after %s: the key outlives its lease by %s, want 0 to 1m", time.Since(start), over)
-					}
-					if latest := resp.Secret.IssueTime.Add(3*time.Hour + time.Minute); expires.After(latest) {
-						t.Errorf("after %s: the key expires at %s, want %s at the latest", time.Since(start), expires, latest)
-					}
-					if got := e.sent(); len(got) != 1 || !strings.HasPrefix(got[0], "POST /organization/projects/proj_sim/api_keys/key_") {
-						t.Errorf("requests of a renewal: got %q, want one", got)
-					}
-				}
-				time.Sleep(3 * time.Minute)
-				if role["enforce_key_expiry"] == nil {
-					if err := failure(e.lease(logical.RenewOperation, resp.Secret)); err == nil {
-						t.Error("renewed past max_ttl")
-					}
-				}
-			})
-		})
-	}
-}
-
-// TestRenewalRefused: what can't be renewed is an error, and the key keeps its expiry.
-func TestRenewalRefused(t *testing.T) {
-	for name, tt := range map[string]struct {
-		prepare func(*env)
-		want    string
-		inner   bool // not the caller's mistake
-	}{
-		"deleted role":   {func(e *env) { e.ok(logical.DeleteOperation, "roles/web", nil) }, `role "web"`, false},
-		"no config":      {func(e *env) { e.ok(logical.DeleteOperation, "config", nil) }, "not configured", false},
-		"expired key":    {func(e *env) { e.sim.Advance(2 * time.Hour) }, "Expired", false},
-		"policy":         {func(e *env) { e.sim.SetMaxKeyLife(600) }, "ttl and max_ttl", false},
-		"unreachable":    {func(e *env) { e.failing(openaisim.Fault{Kind: "refuse"}) }, "no answer from", true},
-		"server error":   {func(e *env) { e.failing(openaisim.Fault{Status: 500}) }, "500", true},
-		"storage":        {func(e *env) { e.storage.setFault(func(string, string) error { return errors.New("fault") }) }, "fault", true},
-		"archived":       {func(e *env) { e.sim.ArchiveProject(openaisim.DefaultProject) }, "archived", false},
-		"deleted at all": {func(e *env) { e.failing(openaisim.Fault{Status: 404}) }, "404", false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				secret := e.creds("web").Secret
-				before := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject))
-				tt.prepare(e)
-				resp, err := e.lease(logical.RenewOperation, secret)
-				if failed := failure(resp, err); failed == nil || !strings.Contains(failed.Error(), tt.want) || (err != nil) != tt.inner {
-					t.Errorf("got %v and error %v, want %q (inner: %v)", resp, err, tt.want, tt.inner)
-				}
-				if got := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject)); got != before && name != "archived" {
-					t.Errorf("keys: got %s, want %s", got, before)
-				}
-			})
-		})
-	}
-}
-
-// TestRevokeGone: what is gone already is revoked; what may still be there is not.
-func TestRevokeGone(t *testing.T) {
-	notFound := `{"error":{"message":"No such project","type":"invalid_request_error","code":"not_found"}}`
-	for name, tt := range map[string]struct {
-		prepare func(*env, string)
-		want    string // of the error; empty: revoked
-	}{
-		"account deleted": {func(e *env, key string) {
-			e.sim.Inject(openaisim.Fault{Method: "DELETE", Kind: "close", Process: true})
-		}, ""},
-		"project archived": {func(e *env, _ string) { e.sim.ArchiveProject(openaisim.DefaultProject) }, ""},
-		"project deleted":  {func(e *env, _ string) { e.failing(openaisim.Fault{Status: 404, Body: notFound}) }, ""},
-		"project forgotten": {func(e *env, _ string) {
-			e.failing(openaisim.Fault{Method: "DELETE", Status: 400})
-			e.failing(openaisim.Fault{Method: "GET", Status: 404, Body: notFound})
-		}, ""},
-		"project is active":     {func(e *env, _ string) { e.failing(openaisim.Fault{Method: "DELETE", Status: 400}) }, "400"},
-		"no access":             {func(e *env, _ string) { e.failing(openaisim.Fault{Status: 403}) }, "403"},
-		"404 of another server": {func(e *env, _ string) { e.failing(openaisim.Fault{Status: 404, Body: "<html>no such page"}) }, "404"},
-		"mistyped endpoint": {func(e *env, _ string) {
-			key, id := e.sim.AdminKey()
-			e.ok(logical.UpdateOperation, "config", map[string]any{
-				"api_endpoint": "https://api.openai.com/v2", "admin_api_key": key, "admin_api_key_id": id, "verify_connection": false,
-			})
-		}, "404"},
-		"deletion not confirmed": {func(e *env, _ string) {
-			e.failing(openaisim.Fault{Method: "DELETE", Status: 200, Body: `{"deleted":false}`})
-		}, "lacks"},
-		"no config": {func(e *env, _ string) { e.ok(logical.DeleteOperation, "config", nil) }, "not configured"},
-	} {
-		for _, existing := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%s, existing account %v", name, existing), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e := newConfiguredEnv(t)
-					if existing {
-						e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")})
-					}
-					resp := e.creds("web")
-					tt.prepare(e, resp.Data["api_key"].(string))
-					err := failure(e.lease(logical.RevokeOperation, resp.Secret))
-					if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
-						t.Errorf("got error %v, want %q", err, tt.want)
-					}
-				})
-			})
-		}
-	}
-}
-
-// TestOlderPlugin reads what the older plugin stored and revokes what it leased.
-func TestOlderPlugin(t *testing.T) {
-	for _, withID := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newEnv(t)
-			key, id := e.sim.AdminKey()
-			stored := `{"admin_api_key":"` + key + `","admin_api_key_id":"` + id + `","api_endpoint":"https://api.openai.com/v1/","organization_id":"org-sim",` +
-				`"last_rotated_time":"1999-12-31T12:00:00Z","rotation_schedule":"","rotation_window":0,"rotation_period":2592000000000000,` +
-				`"disable_automated_rotation":false,"rotation_policy":""}`
-			if !withID {
-				stored = strings.Replace(stored, `"admin_api_key_id":"`+id+`",`, "", 1)
-			}
-			e.put("config", stored)
-			e.put("roles/web", `{"project_id":"proj_sim","service_account_name_template":"vault-{{.RoleName}}-{{.RandomSuffix}}",`+
-				`"service_account_description":"Service account created by Vault","ttl":7200000000000,"max_ttl":14400000000000}`)
-			cfg := e.ok(logical.ReadOperation, "config", nil).Data
-			for name, want := range map[string]string{
-				"api_endpoint": "https://api.openai.com/v1", "organization_id": "org-sim", "last_rotated": "1999-12-31T12:00:00Z",
-				"rotation_period": "2.592e+06", "next_rotation": "2000-01-30T12:00:00Z",
-			} {
-				if got := fmt.Sprint(cfg[name]); got != want {
-					t.Errorf("config %s: got %s, want %s", name, got, want)
-				}
-			}
-			e.wants(e.ok(logical.ReadOperation, "roles/web", nil), map[string]any{
-				"project_id": "proj_sim", "service_account_name_template": "vault-{{.RoleName}}-{{.RandomSuffix}}",
-				"service_account_description": "Service account created by Vault", "ttl": 7200, "max_ttl": 14400, "enforce_key_expiry": true,
-				"scopes": []string{}, "service_account_role": "", "service_account_id": "",
-			})
-			resp := e.creds("web")
-			old := &logical.Secret{InternalData: map[string]any{
-				"secret_type": "openai_api_key", "api_key_id": resp.Data["api_key_id"], "service_account_id": resp.Data["service_account_id"], "project_id": "proj_sim",
-			}}
-			e.ok(logical.UpdateOperation, "config/rotate", nil)
-			if err := failure(e.lease(logical.RenewOperation, old)); err == nil {
-				t.Error("a lease without a role was renewed")
-			}
-			e.revoke(old)
-			if got := e.sim.ServiceAccounts(openaisim.DefaultProject); len(got) != 0 {
-				t.Errorf("accounts: got %v, want none", got)
-			}
-			if got := e.sim.AdminKeys(); len(got) != 1 || got[0].ID == id {
-				t.Errorf("admin keys: got %v, want a new one", got)
-			}
-			for _, data := range []map[string]any{{"project_id": "proj_sim"}, {"project_id": "proj/../x", "service_account_id": "svc_acct_x"}, {"project_id": 1}} {
-				data["secret_type"] = "openai_api_key"
-				if err := failure(e.lease(logical.RevokeOperation, &logical.Secret{InternalData: data})); err == nil {
-					t.Errorf("lease %v: revoked without an error", data)
-				}
-			}
-		})
-	}
-}
-
-// TestKeyLifePolicy: where OpenAI caps a key's life, the error says which fields to change.
-func TestKeyLifePolicy(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		for _, scopes := range []string{"", "api.a.read"} {
-			e := newConfiguredEnv(t)
-			e.sim.SetMaxKeyLife(600)
-			for _, role := range []map[string]any{
-				{"scopes": scopes}, {"scopes": scopes, "enforce_key_expiry": false}, {"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")},
-			} {
-				e.ok(logical.UpdateOperation, "roles/web", role)
-				e.refused(logical.ReadOperation, "creds/web", nil, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
-			}
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": true})
-			e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": 540})
-			if got, wal := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending(); len(got) != 1 || len(wal) != 0 {
-				t.Errorf("got accounts %v and write-ahead log %v, want the existing account only", got, wal)
-			}
-		}
-	})
-}
-
-// TestConcurrent issues and revokes keys on an existing account and accounts of their own,
-// while config and role are written and the admin key is rotated.
-func TestConcurrent(t *testing.T) {
-	e := newConfiguredEnv(t)
-	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-	e.ok(logical.CreateOperation, "roles/app", map[string]any{"project_id": openaisim.DefaultProject, "service_account_id": account})
-	var workers sync.WaitGroup
-	for i := range 10 {
-		workers.Go(func() {
-			for range 10 {
-				for _, role := range []string{"app", "web"} {
-					resp, err := e.do(logical.ReadOperation, "creds/"+role, nil)
-					if err := failure(resp, err); err != nil {
-						t.Errorf("creds/%s: %v", role, err)
-						return
-					}
-					if err := failure(e.lease(logical.RevokeOperation, resp.Secret)); err != nil {
-						t.Errorf("revoke: %v", err)
-					}
-				}
-			}
-			path, data := "config/rotate", map[string]any(nil)
-			if i%2 == 0 {
-				path, data = "roles/app", map[string]any{"ttl": 3600 + i}
-			}
-			if resp, err := e.do(logical.UpdateOperation, path, data); failure(resp, err) != nil {
-				t.Errorf("%s: %v", path, failure(resp, err))
-			}
-		})
-	}
-	workers.Wait()
-	keys, accounts := e.sim.ProjectKeys(openaisim.DefaultProject), e.sim.ServiceAccounts(openaisim.DefaultProject)
-	if len(keys) != 0 || len(accounts) != 1 || accounts[0].ID != account {
-		t.Errorf("got keys %v and accounts %v, want the existing account only", keys, accounts)
-	}
-	if got := e.sim.AdminKeys(); len(got) != 1 || got[0].ID != e.config().AdminAPIKeyID {
-		t.Errorf("admin keys: got %v, want config's only", got)
-	}
-}
-
-// TestFailedCreds is about what a caller sees, and what is left at OpenAI and in the
-// write-ahead log, when OpenAI fails a credential's creation.
-func TestFailedCreds(t *testing.T) {
-	const caller, inner = true, false // whose mistake it is
-	header := func(name, value string) http.Header { return http.Header{name: {value}} }
-	shouldRetry := header("X-Should-Retry", "true")
-	for name, tt := range map[string]struct {
-		fault    openaisim.Fault
-		want     string // in the error; empty: a credential
-		mistake  bool
-		accounts int // left at OpenAI
-		pending  int // entries left in the write-ahead log
-		calls    int // 0: as many as time allows
-		wait     time.Duration
-	}{
-		"refused connection, once": {openaisim.Fault{Kind: "refuse", Times: 1}, "", inner, 1, 0, 2, 0},
-		"refused connection":       {openaisim.Fault{Kind: "refuse"}, "connection refused", inner, 0, 0, 4, 0},
-		"closed":                   {openaisim.Fault{Kind: "close"}, "connection reset", inner, 0, 1, 1, 0},
-		"closed after processing":  {openaisim.Fault{Kind: "close", Process: true}, "connection reset", inner, 1, 1, 1, 0},
-		"hanging":                  {openaisim.Fault{Kind: "hang"}, "timed out", inner, 0, 1, 1, 25 * time.Second},
-		"hanging after processing": {openaisim.Fault{Kind: "hang", Process: true}, "timed out", inner, 1, 1, 1, 25 * time.Second},
-		"malformed":                {openaisim.Fault{Kind: "malformed", Process: true}, "not the JSON", inner, 1, 1, 1, 0},
-		"empty":                    {openaisim.Fault{Status: 200, Body: "{}", Process: true}, "lacks", inner, 1, 1, 1, 0},
-		"nothing":                  {openaisim.Fault{Status: 204, Body: " ", Process: true}, "not the JSON", inner, 1, 1, 1, 0},
-		"no key":                   {openaisim.Fault{Status: 200, Body: `{"id":"svc_acct_1","api_key":null}`, Process: true}, "lacks", inner, 1, 1, 1, 0},
-		"no value":                 {openaisim.Fault{Status: 200, Body: `{"id":"svc_acct_1","api_key":{"id":"key_1"}}`, Process: true}, "lacks", inner, 1, 1, 1, 0},
-		"id not fit for a URL":     {openaisim.Fault{Status: 200, Body: `{"id":"a/../b","api_key":{"id":"key_1","value":"sk-x"}}`, Process: true}, "lacks", inner, 1, 1, 1, 0},
-		"oversized":                {openaisim.Fault{Kind: "oversized", Process: true}, "1 MiB", inner, 1, 1, 1, 0},
-		"redirecting":              {openaisim.Fault{Kind: "redirect"}, "redirects are not followed", inner, 0, 1, 1, 0},
-		"server error":             {openaisim.Fault{Status: 500}, "500", inner, 0, 1, 1, 0},
-		"500, a retry wanted":      {openaisim.Fault{Status: 500, Header: shouldRetry, Process: true}, "500", inner, 1, 1, 1, 0},
-		"bad gateway":              {openaisim.Fault{Status: 502, Body: "<html>bad gateway", Process: true}, "502", inner, 1, 1, 1, 0},
-		"time-out":                 {openaisim.Fault{Status: 408}, "408", inner, 0, 1, 1, 0},
-		"conflict":                 {openaisim.Fault{Status: 409}, "409", inner, 0, 1, 1, 0},
-		"bad request":              {openaisim.Fault{Status: 400}, "400", caller, 0, 0, 1, 0},
-		"400, a retry wanted":      {openaisim.Fault{Status: 400, Header: shouldRetry}, "400", caller, 0, 0, 1, 0},
-		"refused key":              {openaisim.Fault{Status: 401}, "401", inner, 0, 0, 1, 0},
-		"forbidden":                {openaisim.Fault{Status: 403}, "403", caller, 0, 0, 1, 0},
-		"no such project":          {openaisim.Fault{Status: 404}, "404", caller, 0, 0, 1, 0},
-		"limited once":             {openaisim.Fault{Status: 429, Times: 1}, "", inner, 1, 0, 2, 0},
-		"Retry-After":              {openaisim.Fault{Status: 429, Times: 1, Header: header("Retry-After", "7")}, "", inner, 1, 0, 2, 7 * time.Second},
-		"Retry-After, fraction":    {openaisim.Fault{Status: 429, Times: 1, Header: header("Retry-After", "1.5")}, "", inner, 1, 0, 2, 1500 * time.Millisecond},
-		"Retry-After-Ms":           {openaisim.Fault{Status: 429, Times: 1, Header: http.Header{"Retry-After-Ms": {"2500"}, "Retry-After": {"60"}}}, "", inner, 1, 0, 2, 2500 * time.Millisecond},
-		"Retry-After, date":        {openaisim.Fault{Status: 429, Times: 1, Header: header("Retry-After", "Sat, 01 Jan 2000 00:00:20 GMT")}, "", inner, 1, 0, 2, 20 * time.Second},
-		"Retry-After, past":        {openaisim.Fault{Status: 429, Times: 1, Header: header("Retry-After", "Fri, 31 Dec 1999 00:00:00 GMT")}, "", inner, 1, 0, 2, 0},
-		"Retry-After, a day":       {openaisim.Fault{Status: 429, Times: 1, Header: header("Retry-After", "86400")}, "", inner, 1, 0, 2, time.Minute},
-		"Retry-After, nonsense":    {openaisim.Fault{Status: 429, Times: 2, Header: header("Retry-After", "-Inf")}, "", inner, 1, 0, 3, 0},
-		"limited, no retry wanted": {openaisim.Fault{Status: 429, Header: header("X-Should-Retry", "false")}, "429", inner, 0, 0, 1, 0},
-		"limited without end":      {openaisim.Fault{Status: 429}, "429", inner, 0, 0, 0, 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				tt.fault.Method, tt.fault.Times = "POST", cmp.Or(tt.fault.Times, -1)
-				e.sim.Inject(tt.fault)
-				e.sent()
-				start := time.Now()
-				resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-				failed := failure(resp, err)
-				if tt.want == "" && (failed != nil || !e.sim.Use(resp.Data["api_key"].(string))) {
-					t.Errorf("got error %v, or a key that is refused", failed)
-				}
-				if tt.want != "" {
-					switch {
-					case failed == nil:
-						t.Fatalf("got a credential, want an error")
-					case !strings.Contains(failed.Error(), tt.want) || resp.IsError() != tt.mistake:
-						t.Errorf("got %v and error %v, want %q (the caller's mistake: %v)", resp, err, tt.want, tt.mistake)
-					case tt.fault.Kind == "" && !strings.Contains(failed.Error(), "lacks") && !strings.Contains(failed.Error(), "request id req_"):
-						t.Errorf("got %v, want a request id", failed)
-					}
-					e.noSecrets("an error", failed.Error())
-				}
-				if took := time.Since(start); took > 75*time.Second || took < tt.wait || tt.wait > 0 && took > tt.wait+time.Second {
-					t.Errorf("took %s, want %s and at most 75s", took, tt.wait)
-				}
-				if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != tt.accounts {
-					t.Errorf("accounts at OpenAI: got %d, want %d", got, tt.accounts)
-				}
-				if got := len(e.pending()); got != tt.pending {
-					t.Errorf("entries in the write-ahead log: got %d, want %d", got, tt.pending)
-				}
-				if got := e.sent(); tt.calls > 0 && len(got) != tt.calls {
-					t.Errorf("requests: got %q, want %d", got, tt.calls)
-				}
-				// What is left goes by itself, and the next credential works.
-				e.sim.ClearFaults()
-				for range 4 {
-					time.Sleep(time.Minute)
-					e.tick()
-				}
-				want := 1
-				if tt.want != "" {
-					want = 0
-				}
-				if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != want {
-					t.Errorf("accounts after rollback: got %d, want %d", got, want)
-				}
-				e.creds("web")
-			})
-		})
-	}
-}
-
-// TestScopedFaults fails each step of a scoped key: nothing stays, and an unrestricted key
-// never exists.
-func TestScopedFaults(t *testing.T) {
-	for step := range 3 {
-		for name, fault := range map[string]openaisim.Fault{
-			"refused": {Status: 400}, "server error": {Status: 500}, "lost": {Kind: "close", Process: true}, "hanging": {Kind: "hang"}, "malformed": {Kind: "malformed", Process: true},
-		} {
-			t.Run(fmt.Sprintf("step %d %s", step+1, name), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e := newConfiguredEnv(t)
-					e.ok(logical.UpdateOperation, "roles/web", map[string]any{"scopes": "api.a.read"})
-					path := []string{"/service_accounts$", "/service_accounts/[^/]+$", "/api_keys$"}[step]
-					e.failing(func() openaisim.Fault { fault.Method, fault.Path = "POST", path; return fault }())
-					resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-					if failure(resp, err) == nil {
-						t.Error("got a credential, want an error")
-					}
-					for _, k := range e.sim.ProjectKeys(openaisim.DefaultProject) {
-						if !slices.Equal(k.Scopes, []string{"api.a.read"}) {
-							t.Errorf("got a key with scopes %q", k.Scopes)
-						}
-					}
-					accounts, pending := e.sim.ServiceAccounts(openaisim.DefaultProject), e.pending()
-					if step > 0 && name != "hanging" && len(accounts)+len(pending) != 0 || len(accounts) > len(pending) {
-						t.Errorf("got accounts %v and %d entries in the write-ahead log", accounts, len(pending))
-					}
-				})
-			})
-		}
-	}
-}
-
-// TestMasking: whatever OpenAI says of a key shows it in no error, warning or log.
-func TestMasking(t *testing.T) {
-	const odd = "AdminKey/without+the:usual=form!" // not masked by its form
-	for _, echo := range []string{
-		"Incorrect API key provided: " + odd + ".", "key=" + odd + "&x", "sk-admin-simulated-abc", "'sk-proj-simulated'\r\nsk-x", strings.Repeat("a", 499) + odd,
-	} {
-		body, _ := json.Marshal(map[string]any{"error": map[string]any{"message": echo, "type": echo, "code": echo, "param": echo}})
-		e := newConfiguredEnv(t)
-		lease := e.creds("web").Secret
-		e.put("config", `{"admin_api_key":"`+odd+`","admin_api_key_id":"key_x","organization_id":"org-sim","api_endpoint":"https://api.openai.com/v1"}`)
-		e.restart()
-		e.failing(openaisim.Fault{Status: 400, Body: string(body), Header: http.Header{"X-Request-Id": {echo}}})
-		var texts []string
-		for _, do := range []func() (*logical.Response, error){
-			func() (*logical.Response, error) { return e.do(logical.UpdateOperation, "config", nil) },
-			func() (*logical.Response, error) { return e.do(logical.UpdateOperation, "config/rotate", nil) },
-			func() (*logical.Response, error) { return e.do(logical.UpdateOperation, "roles/web", nil) },
-			func() (*logical.Response, error) { return e.do(logical.ReadOperation, "creds/web", nil) },
-			func() (*logical.Response, error) { return e.lease(logical.RenewOperation, lease) },
-			func() (*logical.Response, error) { return e.lease(logical.RevokeOperation, lease) },
-		} {
-			resp, err := do()
-			failed := failure(resp, err)
-			if failed == nil {
-				t.Fatalf("got %v, want an error", resp)
-			}
-			texts = append(texts, failed.Error())
-		}
-		texts = append(texts, e.log.String())
-		for _, text := range texts {
-			if strings.Contains(text, odd) || strings.Contains(text, odd[:20]) || strings.ContainsAny(strings.TrimSuffix(text, "\n"), "\r\x00") {
-				t.Errorf("OpenAI's %q shows in %q", echo, text)
-			}
-			e.noSecrets("an error", text)
-		}
-	}
-}
-
-// TestRealServer is about the transport: connections are used again, redirects are not
-// followed, and an answer that does not end is cut.
-func TestRealServer(t *testing.T) {
-	e := newEnv(t)
-	var opened, followed atomic.Int64
-	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { followed.Add(1) }))
-	defer elsewhere.Close()
-	var mode atomic.Value
-	mode.Store("")
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch mode.Load() {
-		case "redirect":
-			http.Redirect(w, r, elsewhere.URL, http.StatusTemporaryRedirect)
-		case "endless":
-			for r.Context().Err() == nil {
-				if _, err := w.Write(make([]byte, 1<<16)); err != nil {
-					return
-				}
-			}
-		default:
-			e.sim.ServeHTTP(w, r)
-		}
-	}))
-	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
-		if state == http.StateNew {
-			opened.Add(1)
-		}
-	}
-	server.Start()
-	defer server.Close()
-	transport := newTransport()
-	defer transport.CloseIdleConnections()
-	e.wire.RoundTripper = transport
-	e.configure(map[string]any{"api_endpoint": server.URL + "/v1"})
-	e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
-	for range 20 {
-		e.revoke(e.creds("web").Secret)
-	}
-	if got := opened.Load(); got != 1 {
-		t.Errorf("connections for 42 calls in a row: got %d, want 1", got)
-	}
-	var workers sync.WaitGroup
-	for range 16 {
-		workers.Go(func() {
-			for range 10 {
-				if resp, err := e.do(logical.ReadOperation, "creds/web", nil); failure(resp, err) != nil {
-					t.Error(failure(resp, err))
-				}
-			}
-		})
-	}
-	workers.Wait()
-	// A call that gets another's connection, while its own is opened, leaves that to later ones.
-	if got := opened.Load(); got > 1+2*16 {
-		t.Errorf("connections for 160 calls, 16 at once: got %d, want about 16", got)
-	}
-	for _, tt := range []struct{ mode, want string }{{"redirect", "redirects are not followed"}, {"endless", "larger than 1 MiB"}} {
-		mode.Store(tt.mode)
-		resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-		if failed := failure(resp, err); failed == nil || !strings.Contains(failed.Error(), tt.want) {
-			t.Errorf("%s: got %v, want %q", tt.mode, failed, tt.want)
-		}
-	}
-	if got := followed.Load(); got != 0 {
-		t.Errorf("requests to where the redirect points: got %d, want 0", got)
-	}
-}
-
-// TestOtherNode: another node has rotated the admin key. This one goes on with the new key:
-// from storage, once, when OpenAI refuses the old one, or at once when Vault tells it.
-func TestOtherNode(t *testing.T) {
-	for _, told := range []bool{false, true} {
-		for name, do := range map[string]func(*env, *logical.Secret) error{
-			"issue":  func(e *env, _ *logical.Secret) error { return failure(e.do(logical.ReadOperation, "creds/web", nil)) },
-			"renew":  func(e *env, s *logical.Secret) error { return failure(e.lease(logical.RenewOperation, s)) },
-			"revoke": func(e *env, s *logical.Secret) error { return failure(e.lease(logical.RevokeOperation, s)) },
-			"role":   func(e *env, _ *logical.Secret) error { return failure(e.do(logical.UpdateOperation, "roles/web", nil)) },
-		} {
-			e := newConfiguredEnv(t)
-			secret := e.creds("web").Secret
-			other := *e
-			other.restart()
-			other.ok(logical.UpdateOperation, "config/rotate", nil)
-			want := 2
-			if told {
-				e.b.Backend.Invalidate(context.Background(), "config")
-				want = 1
-			}
-			e.sent()
-			if err := do(e, secret); err != nil {
-				t.Errorf("%s, told: %v: %v", name, told, err)
-			}
-			if got := e.sent(); len(got) != want {
-				t.Errorf("%s, told: %v: got requests %q, want %d", name, told, got, want)
-			}
-
-			// The key is refused although nobody has rotated it.
-			e.failing(openaisim.Fault{Status: 401})
-			if err := do(e, secret); err == nil || !strings.Contains(err.Error(), "401") {
-				t.Errorf("%s, refused key: got %v, want 401", name, err)
-			}
-			if got := e.sent(); len(got) != 1 {
-				t.Errorf("%s, refused key: got requests %q, want 1", name, got)
-			}
-		}
-	}
-}
-
-// TestRoleCache: reads of credentials share what one of them has read of a role, and see each
-// change of it at once, wherever that was made.
-func TestRoleCache(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		reads := 0
-		e.storage.setFault(func(verb, key string) error {
-			if verb == "get" && key == "roles/web" {
-				reads++
-			}
-			return nil
-		})
-		expect := func(when string, ttl time.Duration, wantReads int) {
-			t.Helper()
-			reads = 0
-			if got := e.creds("web").Secret.TTL; got != ttl || reads != wantReads {
-				t.Errorf("%s: got ttl %s and %d reads of the role, want %s and %d", when, got, reads, ttl, wantReads)
-			}
-		}
-		expect("first", time.Hour, 1)
-		expect("second", time.Hour, 0)
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "2h"})
-		expect("written", 2*time.Hour, 1)
-		e.ok(logical.DeleteOperation, "roles/web", nil)
-		e.refused(logical.ReadOperation, "creds/web", nil, "does not exist")
-		e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
-		expect("made again", time.Hour, 1)
-
-		other := *e // another node
-		other.restart()
-		other.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "3h"})
-		e.b.Backend.Invalidate(t.Context(), "roles/web")
-		expect("told by Vault", 3*time.Hour, 1)
-
-		e.system.MaxLeaseTTLVal = 0 // as when it can't be read
-		time.Sleep(roleCacheTime + time.Second)
-		expect("without the mount's maximum", 3*time.Hour, 1)
-		e.system.MaxLeaseTTLVal = 90 * time.Minute
-		expect("mount tuned", 90*time.Minute, 1)
-		expect("mount tuned, second", 90*time.Minute, 0)
-
-		// A change while the role is read: what was read before it must not stay.
-		e.b.forgetRoles()
-		changed := false
-		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterGet: func(key string) {
-			if key == "roles/web" && !changed {
-				changed = true
-				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "4m"})
-			}
-		}}
-		expect("before a change", 90*time.Minute, 2) // one is the change's
-		expect("changed meanwhile", 4*time.Minute, 1)
-	})
-}
-
-// hooks is storage with functions around its operations, where set.
-type hooks struct {
-	logical.Storage
-	afterGet, beforePut, afterPut func(key string)
-	beforeDelete                  func(ctx context.Context, key string) error
-}
-
-func (h *hooks) Get(ctx context.Context, key string) (*logical.StorageEntry, error) {
-	entry, err := h.Storage.Get(ctx, key)
-	if h.afterGet != nil {
-		h.afterGet(key)
-	}
-	return entry, err
-}
-
-func (h *hooks) Put(ctx context.Context, entry *logical.StorageEntry) error {
-	if h.beforePut != nil {
-		h.beforePut(entry.Key)
-	}
-	err := h.Storage.Put(ctx, entry)
-	if h.afterPut != nil {
-		h.afterPut(entry.Key)
-	}
-	return err
-}
-
-func (h *hooks) Delete(ctx context.Context, key string) error {
-	if h.beforeDelete != nil {
-		if err := h.beforeDelete(ctx, key); err != nil {
-			return err
-		}
-	}
-	return h.Storage.Delete(ctx, key)
-}
-
-// TestLog: one line at info for each change of state, credentials and reads at debug.
-func TestLog(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.ok(logical.ReadOperation, "config", nil)
-	e.ok(logical.ReadOperation, "roles/web", nil)
-	e.ok(logical.ListOperation, "roles", nil)
-	resp := e.creds("web")
-	e.renew(resp.Secret)
-	e.revoke(resp.Secret)
-	e.ok(logical.UpdateOperation, "config/rotate", nil)
-	e.refused(logical.ReadOperation, "creds/web", map[string]any{"ttl": 0})
-	e.failing(openaisim.Fault{Status: 401})
-	if _, err := e.do(logical.UpdateOperation, "config/rotate", nil); err == nil {
-		t.Error("rotation with a refused key: got no error")
-	}
-	e.ok(logical.DeleteOperation, "roles/web", nil)
-	e.ok(logical.ReadOperation, "metrics", nil)
-	e.ok(logical.DeleteOperation, "config", nil)
-	var got []string
-	line := regexp.MustCompile(`^\S+ \[([A-Z]+)\] +((?:failed: )?.*?): (.*)$`)
-	for text := range strings.Lines(e.log.String()) {
-		m := line.FindStringSubmatch(strings.TrimSpace(text))
-		if m == nil {
-			t.Fatalf("line %q of the log", text)
-		}
-		got = append(got, m[1]+" "+m[2])
-		if strings.Contains(m[2], "credential") && !strings.Contains(m[2], "failed") {
-			for _, name := range []string{"name=web", "project_id=proj_sim", "service_account_id=" + resp.Data["service_account_id"].(string), "api_key_id=key_", "mount=openai/", "duration="} {
-				if !strings.Contains(m[3], name) {
-					t.Errorf("%q lacks %s", text, name)
-				}
-			}
-		}
-	}
-	want := []string{
-		"INFO config written", "INFO role written", "DEBUG credential issued", "DEBUG credential renewed", "DEBUG credential revoked",
-		"INFO admin API key rotated", "WARN failed: credential issued", "WARN failed: admin API key rotated", "INFO role deleted", "INFO config deleted",
-	}
-	if !slices.Equal(got, want) {
-		t.Errorf("log:\n got %q\nwant %q", got, want)
-	}
-}
-
-// recorder takes Vault's observations and events, by type.
-type recorder struct {
-	observations map[string]map[string]any
-	events       map[string]map[string]any
-}
-
-func (r *recorder) RecordObservationFromPlugin(_ context.Context, name string, data map[string]any) error {
-	r.observations[name] = data
-	return nil
-}
-
-func (r *recorder) SendEvent(_ context.Context, name logical.EventType, event *logical.EventData) error {
-	r.events[string(name)] = event.Metadata.AsMap()
-	return nil
-}
-
-// TestReported: Vault Enterprise gets an observation and an event of each change, with ids and
-// without secrets; the community edition, which would drop them, gets none.
-func TestReported(t *testing.T) {
-	for metadata, want := range map[string]bool{"": false, "ent": true, "ent.hsm.fips1403": true, "error": true} {
-		e := newEnv(t)
-		r := &recorder{map[string]map[string]any{}, map[string]map[string]any{}}
-		e.system.PluginEnvironment = &logical.PluginEnvironment{VaultVersionMetadata: metadata}
-		system := logical.SystemView(testSystem{e.system})
-		if metadata == "error" {
-			system = failingSystem{testSystem{e.system}}
-		}
-		err := e.b.Setup(t.Context(), &logical.BackendConfig{
-			Logger: e.b.Logger(), System: system, StorageView: e.storage, ObservationRecorder: r, EventsSender: r,
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		e.configure(nil)
-		e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
-		resp := e.creds("web")
-		e.renew(resp.Secret)
-		e.revoke(resp.Secret)
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		failed := e.creds("web")
-		e.failing(openaisim.Fault{Status: 401})
-		for _, err := range []error{
-			failure(e.do(logical.ReadOperation, "creds/web", nil)), failure(e.do(logical.UpdateOperation, "config/rotate", nil)),
-			failure(e.lease(logical.RenewOperation, failed.Secret)), failure(e.lease(logical.RevokeOperation, failed.Secret)),
-		} {
-			if err == nil {
-				t.Error("got success from a key that is refused")
-			}
-		}
-		e.ok(logical.DeleteOperation, "roles/web", nil)
-		e.ok(logical.DeleteOperation, "config", nil)
-		if !want {
-			if len(r.observations)+len(r.events) != 0 {
-				t.Errorf("metadata %q: got %v and %v, want no observations and events", metadata, r.observations, r.events)
-			}
-			continue
-		}
-		readme, err := os.ReadFile("README.md")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for name, data := range r.observations {
-			if !strings.Contains(string(readme), "`"+name+"`") {
-				t.Errorf("README lacks observation %s", name)
-			}
-			for field, value := range data {
-				if _, plain := value.(string); !plain {
-					t.Errorf("%s: %s is %T, want a string", name, field, value)
-				}
-			}
-		}
-		if got := slices.Sorted(maps.Keys(r.observations)); len(got) != 12 {
-			t.Errorf("observations: got %q, want 12", got)
-		}
-		for name, data := range r.events {
-			if !strings.Contains(string(readme), "`"+strings.TrimSuffix(name, "-fail")+"`") {
-				t.Errorf("README lacks event %s", name)
-			}
-			if got := data["modified"] == "true"; got == strings.HasSuffix(name, "-fail") {
-				t.Errorf("%s: got modified %v", name, got)
-			}
-			if name != "openai/"+data["operation"].(string) || data["path"] == "" {
-				t.Errorf("%s: got operation %v and path %v", name, data["operation"], data["path"])
-			}
-		}
-		if got := slices.Sorted(maps.Keys(r.events)); len(got) != 12 {
-			t.Errorf("events: got %q, want 12", got)
-		}
-		if got := r.events["openai/creds-create"]["service_account_id"]; got != failed.Data["service_account_id"] {
-			t.Errorf("the event of a credential: got account %v, want %v", got, failed.Data["service_account_id"])
-		}
-		if got := r.observations["openai/credential/create/fail"]["error"]; !strings.Contains(fmt.Sprint(got), "401") {
-			t.Errorf("the observation of a failure: got error %v, want OpenAI's", got)
-		}
-		e.noSecrets("an observation or an event", fmt.Sprint(r.observations, r.events))
-	}
-}
-
-// failingSystem can't tell what Vault it is.
-type failingSystem struct{ testSystem }
-
-func (failingSystem) PluginEnv(context.Context) (*logical.PluginEnvironment, error) {
-	return nil, errors.New("no answer")
-}
-
-// series reads the metrics in both formats, checks the text's form and that both say the
-// same, and returns the values by name and labels.
-func (e *env) series() map[string]float64 {
-	e.t.Helper()
-	resp := e.ok(logical.ReadOperation, "metrics", map[string]any{"format": "prometheus"})
-	if got, want := resp.Data[logical.HTTPContentType], "text/plain; version=0.0.4; charset=utf-8"; got != want || resp.Data[logical.HTTPStatusCode] != 200 {
-		e.t.Errorf("got status %v and content type %v, want 200 and %s", resp.Data[logical.HTTPStatusCode], got, want)
-	}
-	text := string(resp.Data[logical.HTTPRawBody].([]byte))
-	sample := regexp.MustCompile(`^([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? ([0-9.]+)$`)
-	all, seen := map[string]float64{}, map[string]bool{}
-	family, kind := "", ""
-	lines := strings.Split(text, "\n")
-	for i := 0; i < len(lines)-1; i++ {
-		if name, ok := strings.CutPrefix(lines[i], "# HELP "); ok {
-			name, help, _ := strings.Cut(name, " ")
-			wantType := "# TYPE " + name + " "
-			if help == "" || seen[name] || !strings.HasPrefix(lines[i+1], wantType) || !strings.HasPrefix(name, metricPrefix) {
-				e.t.Errorf("family %q: no help, no type, twice, or without prefix", name)
-			}
-			seen[name], family, kind = true, name, strings.TrimPrefix(lines[i+1], wantType)
-			if (kind == "counter") != strings.HasSuffix(name, "_total") {
-				e.t.Errorf("%s is a %s", name, kind)
-			}
-			i++
-			continue
-		}
-		m := sample.FindStringSubmatch(lines[i])
-		if m == nil {
-			e.t.Fatalf("line %q", lines[i])
-		}
-		id := m[1]
-		if m[2] != "" {
-			id += "{" + m[2] + "}"
-		}
-		value, err := strconv.ParseFloat(m[3], 64)
-		if _, twice := all[id]; twice || err != nil {
-			e.t.Errorf("%s: twice, or %v", id, err)
-		}
-		all[id] = value
-		suffix := strings.TrimPrefix(m[1], family)
-		if suffix != "" && (kind != "histogram" || suffix != "_bucket" && suffix != "_sum" && suffix != "_count") {
-			e.t.Errorf("%s is among %s, a %s", id, family, kind)
-		}
-	}
-	if lines[len(lines)-1] != "" {
-		e.t.Error("the last line does not end")
-	}
-
-	data := map[string]float64{}
-	for name, value := range e.ok(logical.ReadOperation, "metrics", nil).Data {
-		switch value := value.(type) {
-		case float64:
-			data[name] = value
-		case map[string]float64:
-			for labels, v := range value {
-				data[name+"{"+labels+"}"] = v
-			}
-		default:
-			e.t.Errorf("%s is a %T", name, value)
-		}
-	}
-	for id, value := range all {
-		if v, ok := data[id]; !ok || v != value {
-			e.t.Errorf("%s: as data %v, want %v as in the text", id, v, value)
-		}
-		delete(data, id)
-	}
-	if len(data) != 0 {
-		e.t.Errorf("the text lacks %v", data)
-	}
-	return all
-}
-
-// checkBuckets checks a histogram's buckets in Prometheus' text: they are in order, each
-// counts what those before it do, and the last one counts all.
-func checkBuckets(t *testing.T, text string) {
-	t.Helper()
-	var bound, count float64
-	for _, m := range regexp.MustCompile(`(?m)^(.*)_bucket\{(.*),le="(.*)"\} (.*)$`).FindAllStringSubmatch(text, -1) {
-		b, _ := strconv.ParseFloat(m[3], 64)
-		c, _ := strconv.ParseFloat(m[4], 64)
-		if b <= bound || c < count {
-			t.Errorf("%s: bucket %v with %v after %v with %v", m[2], b, c, bound, count)
-		}
-		bound, count = b, c
-		if math.IsInf(b, 1) {
-			if all := m[1] + "_count{" + m[2] + "} " + m[4] + "\n"; !strings.Contains(text, all) {
-				t.Errorf("there is no %q", all)
-			}
-			bound, count = 0, 0
-		}
-	}
-}
-
-// TestMetricsCount: after issuing 3, revoking 2 and one provoked error exactly these numbers
-// come out.
-func TestMetricsCount(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newEnv(t)
-		e.sim.SetLatency(200 * time.Millisecond)
-		e.configure(nil)
-		e.ok(logical.CreateOperation, "roles/web", map[string]any{"project_id": openaisim.DefaultProject})
-		for i := range 3 {
-			if resp := e.creds("web"); i > 0 {
-				e.revoke(resp.Secret)
-			}
-		}
-		e.sim.Inject(openaisim.Fault{Method: "POST"})
-		if _, err := e.do(logical.ReadOperation, "creds/web", nil); err == nil {
-			t.Error("got a credential, want an error")
-		}
-		e.refused(logical.ReadOperation, "metrics", map[string]any{"format": "json"}, "format")
-		want := map[string]float64{
-			`credential_operations_total{role="web",operation="issue",result="success"}`:  3,
-			`credential_operations_total{role="web",operation="issue",result="failure"}`:  1,
-			`credential_operations_total{role="web",operation="revoke",result="success"}`: 2,
-			`revocations_handed_over_total`:                                               0,
-			`api_requests_total{operation="get_admin_api_key",status="200"}`:              1,
-			`api_requests_total{operation="get_project",status="200"}`:                    1,
-			`api_requests_total{operation="create_service_account",status="200"}`:         3,
-			`api_requests_total{operation="create_service_account",status="500"}`:         1,
-			`api_requests_total{operation="delete_service_account",status="200"}`:         2,
-			`api_rate_limit_wait_seconds_total`:                                           0,
-			`cleanups_pending`:                                                            0,
-			`admin_key_last_rotation_timestamp_seconds`:                                   946684800,
-			`admin_keys_pending_deletion`:                                                 0,
-			`build_info{version="",goversion="` + runtime.Version() + `"}`:                1,
-		}
-		for _, labels := range []string{
-			`cleanups_total{`, `rollbacks_total{kind="credential",`, `rollbacks_total{kind="issued_credential",`, `rollbacks_total{kind="admin_api_key",`,
-			`rotations_total{trigger="manual",`, `rotations_total{trigger="plugin",`, `rotations_total{trigger="vault",`,
-		} {
-			want[labels+`result="success"}`], want[labels+`result="failure"}`] = 0, 0
-		}
-		for operation, calls := range map[string]float64{"get_admin_api_key": 1, "get_project": 1, "create_service_account": 4, "delete_service_account": 2} {
-			label := `{operation="` + operation + `"`
-			want["api_request_duration_seconds_count"+label+"}"] = calls
-			want["api_request_duration_seconds_sum"+label+"}"] = calls / 5
-			for _, bound := range []string{"0.25", "0.5", "1", "2.5", "5", "10", "25", "+Inf"} {
-				want["api_request_duration_seconds_bucket"+label+`,le="`+bound+`"}`] = calls
-			}
-		}
-		got := e.series()
-		for id, value := range want {
-			if v, ok := got[metricPrefix+id]; !ok || math.Abs(v-value) > 1e-6 {
-				t.Errorf("%s: got %v, want %v", id, v, value)
-			}
-			delete(got, metricPrefix+id)
-		}
-		for id, value := range got {
-			if !strings.Contains(id, `le="0.`) || value != 0 {
-				t.Errorf("besides these: %s %v", id, value)
-			}
-		}
-		resp := e.ok(logical.ReadOperation, "metrics", map[string]any{"format": "prometheus"})
-		checkBuckets(t, string(resp.Data[logical.HTTPRawBody].([]byte)))
-	})
-}
-
-// TestMetricFamilies sees each series of each family move, on success and on failure, and
-// no other result with it.
-func TestMetricFamilies(t *testing.T) {
-	read := func(path string) func(*env) {
-		return func(e *env) { _, _ = e.do(logical.ReadOperation, path, nil) }
-	}
-	update := func(path string, data map[string]any) func(*env) {
-		return func(e *env) { _, _ = e.do(logical.UpdateOperation, path, data) }
-	}
-	lease := func(op logical.Operation, times int) func(*env) {
-		return func(e *env) {
-			for range times {
-				_, _ = e.lease(op, e.secret)
-			}
-		}
-	}
-	fails := openaisim.Fault{Status: 500}
-	leave := func(e *env) { // an account whose fate is unknown, and a revocation that failed
-		e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Process: true})
-		_, _ = e.do(logical.ReadOperation, "creds/web", nil)
-		e.failing(openaisim.Fault{Method: "DELETE"})
-		_, _ = e.lease(logical.RevokeOperation, e.secret)
-		e.sim.ClearFaults()
-		time.Sleep(3 * time.Minute)
-	}
-	leaveKey := func(e *env) { // a new admin key whose fate is unknown
-		e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Process: true})
-		_, _ = e.do(logical.UpdateOperation, "config/rotate", nil)
-		time.Sleep(3 * time.Minute)
-	}
-	schedule := func(e *env) {
-		e.ok(logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600})
-		time.Sleep(time.Hour)
-	}
-	nothing := func(*env) {}
-	tests := []struct {
-		series  string // without prefix
-		prepare func(*env)
-		fault   *openaisim.Fault // that do meets
-		do      func(*env)
-		want    float64 // how far it moves
-	}{
-		{`credential_operations_total{role="web",operation="issue",result="success"}`, nothing, nil, read("creds/web"), 1},
-		{`credential_operations_total{role="web",operation="issue",result="failure"}`, nothing, &fails, read("creds/web"), 1},
-		{`credential_operations_total{role="web",operation="renew",result="success"}`, nothing, nil, lease(logical.RenewOperation, 1), 1},
-		{`credential_operations_total{role="web",operation="renew",result="failure"}`, nothing, &fails, lease(logical.RenewOperation, 1), 1},
-		{`credential_operations_total{role="web",operation="revoke",result="success"}`, nothing, nil, lease(logical.RevokeOperation, 1), 1},
-		{`credential_operations_total{role="web",operation="revoke",result="failure"}`, nothing, &fails, lease(logical.RevokeOperation, 1), 1},
-		{`revocations_handed_over_total`, nothing, &fails, lease(logical.RevokeOperation, 5), 1},
-		{`api_requests_total{operation="create_service_account",status="200"}`, nothing, nil, read("creds/web"), 1},
-		{`api_requests_total{operation="create_service_account",status="500"}`, nothing, &fails, read("creds/web"), 1},
-		{`api_requests_total{operation="create_service_account",status="error"}`, nothing, &openaisim.Fault{Kind: "close"}, read("creds/web"), 1},
-		{`api_request_duration_seconds_count{operation="delete_service_account"}`, nothing, nil, lease(logical.RevokeOperation, 1), 1},
-		{`api_request_duration_seconds_sum{operation="delete_service_account"}`, func(e *env) { e.sim.SetLatency(2 * time.Second) }, nil, lease(logical.RevokeOperation, 1), 2},
-		{`api_request_duration_seconds_bucket{operation="create_service_account",le="+Inf"}`, nothing, &openaisim.Fault{Kind: "hang"}, read("creds/web"), 1},
-		{`api_retries_total{reason="500"}`, nothing, &openaisim.Fault{Times: 2}, lease(logical.RevokeOperation, 1), 2},
-		{`api_retries_total{reason="connection"}`, nothing, &openaisim.Fault{Kind: "refuse", Times: 1}, read("creds/web"), 1},
-		{`api_retries_total{reason="429"}`, nothing, &openaisim.Fault{Status: 429, Times: 1}, read("creds/web"), 1},
-		{`api_rate_limit_wait_seconds_total`, nothing, &openaisim.Fault{Status: 429, Times: 1, Header: http.Header{"Retry-After": {"7"}}}, read("creds/web"), 7},
-		{`rotations_total{trigger="manual",result="success"}`, nothing, nil, update("config/rotate", nil), 1},
-		{`rotations_total{trigger="manual",result="failure"}`, nothing, &fails, update("config/rotate", nil), 1},
-		{`rotations_total{trigger="plugin",result="success"}`, schedule, nil, (*env).tick, 1},
-		{`rotations_total{trigger="plugin",result="failure"}`, schedule, &fails, (*env).tick, 1},
-		{`rollbacks_total{kind="credential",result="success"}`, leave, nil, (*env).tick, 1},
-		{`rollbacks_total{kind="credential",result="failure"}`, leave, &openaisim.Fault{Status: 403}, (*env).tick, 1},
-		{`rollbacks_total{kind="admin_api_key",result="success"}`, leaveKey, nil, (*env).tick, 1},
-		{`rollbacks_total{kind="admin_api_key",result="failure"}`, leaveKey, &openaisim.Fault{Status: 403}, (*env).tick, 1},
-		{`cleanups_total{result="success"}`, leave, nil, (*env).tick, 1},
-		{`cleanups_total{result="failure"}`, leave, &openaisim.Fault{Status: 403}, (*env).tick, 1},
-		{`cleanups_pending`, nothing, &fails, lease(logical.RevokeOperation, 1), 1},
-		{`cleanups_pending`, leave, nil, (*env).tick, -1},
-		{`admin_key_last_rotation_timestamp_seconds`, func(*env) { time.Sleep(time.Hour) }, nil, update("config/rotate", nil), 3600},
-		{`admin_key_last_rotation_timestamp_seconds`, func(*env) { time.Sleep(time.Hour) }, &fails, update("config/rotate", nil), 0},
-		{`admin_key_next_rotation_timestamp_seconds`, nothing, nil, update("config", map[string]any{"rotation_period": 3600}), 946684800 + 3600},
-		{`admin_key_expiry_timestamp_seconds`, func(e *env) {
-			e.ok(logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600, "admin_key_ttl": 7200})
-		}, nil, update("config/rotate", nil), 946684800 + 7200},
-		{`admin_keys_pending_deletion`, nothing, &openaisim.Fault{Method: "DELETE", Status: 403}, update("config/rotate", nil), 1},
-		{`build_info{version="",goversion="` + runtime.Version() + `"}`, nothing, nil, func(*env) {}, 0},
-		{`credential_operations_total{role="a\"b\\c\nd",operation="revoke",result="success"}`, func(e *env) { e.secret.InternalData["role"] = "a\"b\\c\nd" }, nil, lease(logical.RevokeOperation, 1), 1},
-	}
-	tested := map[string]bool{}
-	for _, tt := range tests {
-		name, _, _ := strings.Cut(tt.series, "{")
-		for _, suffix := range []string{"_bucket", "_sum", "_count"} {
-			name = strings.TrimSuffix(name, suffix)
-		}
-		tested[name] = true
-		t.Run(tt.series, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				e.secret = e.creds("web").Secret
-				tt.prepare(e)
-				before := e.series()
-				if f := tt.fault; f != nil {
-					fault := *f
-					fault.Times = cmp.Or(f.Times, -1)
-					e.sim.Inject(fault)
-				}
-				tt.do(e)
-				after := e.series()
-				if _, ok := after[metricPrefix+tt.series]; !ok {
-					t.Errorf("there is no such series in %v", after)
-				}
-				if got := after[metricPrefix+tt.series] - before[metricPrefix+tt.series]; math.Abs(got-tt.want) > 1e-6 {
-					t.Errorf("moved by %v, want %v", got, tt.want)
-				}
-				opposite := strings.NewReplacer(`"success"`, `"failure"`, `"failure"`, `"success"`).Replace(tt.series)
-				if got := after[metricPrefix+opposite] - before[metricPrefix+opposite]; opposite != tt.series && got != 0 {
-					t.Errorf("%s moved too, by %v", opposite, got)
-				}
-			})
-		})
-	}
-	for _, f := range families {
-		if !tested[f.name] {
-			t.Errorf("no test sees %s move", f.name)
-		}
-	}
-}
-
-// TestMetricsBound: however many roles there are, the metrics take bounded memory and lose
-// no count.
-func TestMetricsBound(t *testing.T) {
-	e := newEnv(t)
-	const roles, workers = 8000, 4
-	var group sync.WaitGroup
-	for range workers {
-		group.Go(func() {
-			for i := range roles {
-				e.b.metrics.add(metricCredentials, 1, "role", fmt.Sprint("r", i), "operation", "issue", "result", "success")
-			}
-		})
-	}
-	group.Wait()
-	count, sum := 0, 0.0
-	for id, value := range e.series() {
-		if strings.Contains(id, metricCredentials) {
-			count, sum = count+1, sum+value
-		}
-	}
-	if count > maxSeries+workers || sum != roles*workers {
-		t.Errorf("got %d series with a sum of %v, want at most %d and %d", count, sum, maxSeries, roles*workers)
-	}
-}
-
-// FuzzAnswer gives OpenAI's answers: nothing panics, no error shows a key, and what is handed
-// out is a key with ids that can go into a URL.
-func FuzzAnswer(f *testing.F) {
-	for _, body := range []string{
-		``, `null`, `{}`, `[]`, `"`, `{"id":"svc_acct_1","name":"n","role":"member","api_key":{"id":"key_1","value":"sk-svcacct-simulated","expires_at":1e300}}`,
-		`{"id":"svc_acct_1","api_key":{"id":"../x","value":"sk-x"}}`, `{"id":"proj_sim","status":"archived"}`, `{"deleted":true}`,
-		`{"data":[{"id":"key_1","redacted_value":"sk-admin...abc"}],"has_more":true,"last_id":"key_1"}`, `{"data":null,"has_more":true}`,
-		`{"error":{"message":"Incorrect API key provided: sk-admin-simulated-abc","type":"x","code":1,"param":{}}}`, `{"error":{"message":"sk-\u0000sk-","type":"\n"}}`,
-	} {
-		for _, status := range []int{200, 204, 307, 400, 401, 404, 429, 500} {
-			f.Add(status, body, "5", "true")
-		}
-	}
-	f.Fuzz(func(t *testing.T, status int, body, retryAfter, shouldRetry string) {
-		if status < 200 || status > 599 {
-			return
-		}
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			lease := e.creds("web").Secret
-			e.wire.RoundTripper = roundTripper(func(req *http.Request) (*http.Response, error) {
-				return &http.Response{
-					StatusCode: status, Body: io.NopCloser(strings.NewReader(body)), Request: req,
-					Header: http.Header{"Retry-After": {retryAfter}, "X-Should-Retry": {shouldRetry}, "X-Request-Id": {shouldRetry}},
-				}, nil
-			})
-			for _, r := range []struct {
-				op   logical.Operation
-				path string
-			}{{logical.UpdateOperation, "config"}, {logical.UpdateOperation, "roles/web"}, {logical.UpdateOperation, "config/rotate"}, {logical.ReadOperation, "creds/web"}} {
-				start := time.Now()
-				resp, err := e.do(r.op, r.path, map[string]any{"ttl": "1h"})
-				if failed := failure(resp, err); failed != nil {
-					e.noSecrets("an error", failed.Error())
-				} else if r.path == "creds/web" && (!validID(resp.Data["api_key_id"].(string)) || !validID(resp.Data["service_account_id"].(string)) || resp.Data["api_key"] == "") {
-					t.Errorf("handed out %v", resp.Data["api_key_id"])
-				}
-				if took := time.Since(start); took > 75*time.Second {
-					t.Errorf("%s took %s", r.path, took)
-				}
-			}
-			for _, op := range []logical.Operation{logical.RenewOperation, logical.RevokeOperation} {
-				if failed := failure(e.lease(op, lease)); failed != nil {
-					e.noSecrets("an error", failed.Error())
-				}
-			}
-			e.tick()
-		})
-	})
-}
-
-type roundTripper func(*http.Request) (*http.Response, error)
-
-func (r roundTripper) RoundTrip(req *http.Request) (*http.Response, error) { return r(req) }
-
-// FuzzNameTemplate writes a role with a template: it is refused, or gives names that are
-// valid and never the same, in bounded time and memory.
-func FuzzNameTemplate(f *testing.F) {
-	for _, template := range []string{
-		defaultNameTemplate, "", "{{", "{{.DisplayName | truncate 5}}{{random 12}}", "{{uuid}}", multiplied, "{{range 9}}{{end}}", "{{printf \"%99d\" 1}}",
-		"{{with $x := .RandomSuffix}}{{$x}}{{else}}{{end}}", "{{timestamp \"2006\" | base64 | base64}}{{.RandomSuffix}}", "{{if .}}{{.RandomSuffix}}{{end}}",
-		"{{slice .RandomSuffix 2 5}}", "{{index .RandomSuffix 1}}", "{{call .RoleName}}", "{{len .}}", "{{- /* x */ -}} {{.RandomSuffix}}", "{{.ProjectName}}{{.RandomSuffix}}",
-	} {
-		f.Add("web", template, "token")
-		f.Add("w.e-b_1", template, "oidc-Jané\x00{{.X}}"+strings.Repeat("long", 40))
-	}
-	f.Fuzz(func(t *testing.T, role, template, who string) {
-		e := newEnv(t)
-		e.configure(nil)
-		e.who = who
-		start := time.Now()
-		resp, err := e.do(logical.CreateOperation, "roles/"+role, map[string]any{"project_id": openaisim.DefaultProject, "service_account_name_template": template})
-		if failure(resp, err) == nil && err == nil && len(e.keys("roles/")) > 0 {
-			for range 3 {
-				resp, err := e.do(logical.ReadOperation, "creds/"+role, nil)
-				if failed := failure(resp, err); failed != nil && !strings.Contains(failed.Error(), "service_account_name_template") {
-					t.Errorf("role %q: %v", role, failed)
-				}
-			}
-		}
-		names := map[string]bool{}
-		for _, account := range e.sim.ServiceAccounts(openaisim.DefaultProject) {
-			if names[account.Name] || !regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`).MatchString(account.Name) {
-				t.Errorf("name %q: not valid, or twice", account.Name)
-			}
-			names[account.Name] = true
-		}
-		if took := time.Since(start); took > 5*time.Second {
-			t.Errorf("took %s", took)
-		}
-	})
-}
-
-// FuzzEndpoint writes api_endpoint: it is refused, or requests go to exactly this place, with
-// TLS or to a loopback address.
-func FuzzEndpoint(f *testing.F) {
-	for _, endpoint := range []string{
-		defaultEndpoint, "https://api.openai.com/v1/", "http://127.0.0.1:8080/v1", "http://[::1]/v1", "http://localhost/v1", "https://a:b@c/", "https://h:443:444",
-		"https://h/v1?x", "https://h/#", "HTTPS://H/%2e%2e/", "https://[fe80::1%25eth0]:1/", "http://127.0.0.1.example.com", "https://h\\@x/", "//h", "",
-	} {
-		f.Add(endpoint)
-	}
-	f.Fuzz(func(t *testing.T, endpoint string) {
-		synctest.Test(t, func(t *testing.T) {
-			e := newEnv(t)
-			key, id := e.sim.AdminKey()
-			var sent *url.URL
-			e.wire.RoundTripper = roundTripper(func(req *http.Request) (*http.Response, error) {
-				sent = req.URL
-				return nil, errors.New("no network")
-			})
-			data := map[string]any{
-				"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization, "api_endpoint": endpoint, "verify_connection": false,
-			}
-			if resp, err := e.do(logical.CreateOperation, "config", data); err != nil {
-				t.Fatal(err)
-			} else if resp.IsError() {
-				return
-			}
-			stored := e.ok(logical.ReadOperation, "config", nil).Data["api_endpoint"].(string)
-			_, _ = e.do(logical.UpdateOperation, "config/rotate", nil)
-			if sent == nil {
-				t.Fatalf("endpoint %q is stored as %q but can't be called", endpoint, stored)
-			}
-			host := sent.Hostname()
-			loopback := host == "localhost" || net.ParseIP(host).IsLoopback()
-			if sent.Scheme != "https" && !(sent.Scheme == "http" && loopback) || sent.User != nil || sent.RawQuery != "" || sent.Fragment != "" {
-				t.Errorf("endpoint %q is called as %s", endpoint, sent)
-			}
-			if want := stored + "/organization/admin_api_keys/" + id; sent.String() != want || strings.Contains(sent.Path, "/../") {
-				t.Errorf("endpoint %q is called as %s, want %s", endpoint, sent, want)
-			}
-			if _, err := net.ResolveTCPAddr("tcp", net.JoinHostPort("127.0.0.1", cmp.Or(sent.Port(), "443"))); err != nil {
-				t.Errorf("endpoint %q: %v", endpoint, err)
-			}
-			e.configure(map[string]any{"api_endpoint": stored, "verify_connection": false})
-			if got := e.ok(logical.ReadOperation, "config", nil).Data["api_endpoint"]; got != stored {
-				t.Errorf("endpoint %q: stored as %q, and that as %q", endpoint, stored, got)
-			}
-		})
-	})
-}
-
-// FuzzRetryAfter answers once with 429: the next attempt comes within a minute.
-func FuzzRetryAfter(f *testing.F) {
-	for _, value := range []string{"", "0", "1", "1.5", "-1", "1e400", "NaN", "+Inf", "0x10", "Sat, 01 Jan 2000 00:00:20 GMT", "Fri, 31 Dec 9999 23:59:59 GMT", "soon", "1_0"} {
-		f.Add(value, "")
-		f.Add("7", value)
-	}
-	f.Fuzz(func(t *testing.T, after, ms string) {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.sim.Inject(openaisim.Fault{Status: 429, Header: http.Header{"Retry-After": {after}, "Retry-After-Ms": {ms}}})
-			start := time.Now()
-			e.creds("web")
-			if took := time.Since(start); took > time.Minute+time.Second {
-				t.Errorf("took %s", took)
-			}
-		})
-	})
-}
-
-// BenchmarkCreds issues and revokes a credential, with an OpenAI that answers at once.
-func BenchmarkCreds(b *testing.B) {
-	e := newConfiguredEnv(b)
-	e.b = newBackend(e.sim.Transport())
-	if err := e.b.Setup(context.Background(), &logical.BackendConfig{System: testSystem{e.system}, StorageView: e.storage}); err != nil {
-		b.Fatal(err)
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		e.revoke(e.creds("web").Secret)
-		e.sim.ResetCalls()
-	}
-}
-
-// BenchmarkMetricsAdd counts on all processors at once, as requests do.
-func BenchmarkMetricsAdd(b *testing.B) {
-	m := newMetrics()
-	b.ReportAllocs()
-	b.RunParallel(func(pb *testing.PB) {
-		for pb.Next() {
-			m.add(metricCredentials, 1, "role", "web", "operation", "issue", "result", "success")
-		}
-	})
-}
-
-// vaultSystem is the system view of a Vault with or without a rotation manager, whose
-// replication state can be set.
-type vaultSystem struct {
-	logical.StaticSystemView
-	err          error // of registering; nil: there is a rotation manager
-	registered   []rotation.RotationJobConfigureRequest
-	deregistered []rotation.RotationJobDeregisterRequest
-}
-
-// errCommunity is what the community edition answers, as it arrives over gRPC.
-var errCommunity = errors.New("rpc error: code = Internal desc = error registering rotation job: " + automatedrotationutil.ErrRotationManagerUnsupported.Error())
-
-func (s *vaultSystem) RegisterRotationJob(_ context.Context, r *rotation.RotationJobConfigureRequest) (string, error) {
-	if s.err == nil {
-		s.registered = append(s.registered, *r)
-	}
-	return "", s.err
-}
-
-func (s *vaultSystem) DeregisterRotationJob(_ context.Context, r *rotation.RotationJobDeregisterRequest) error {
-	s.deregistered = append(s.deregistered, *r)
-	return nil
-}
-
-// restartOn is restart with another system view or another way to OpenAI; nil: as it was.
-func (e *env) restartOn(system logical.SystemView, transport http.RoundTripper) {
-	e.t.Helper()
-	if system == nil {
-		system = e.b.System()
-	}
-	if transport == nil {
-		transport = e.b.transport
-	}
-	e.b = newBackend(transport)
-	err := e.b.Setup(context.Background(), &logical.BackendConfig{
-		Logger: logging.NewVaultLoggerWithWriter(e.log, 1), System: system, StorageView: e.storage,
-	})
-	if err != nil {
-		e.t.Fatal(err)
-	}
-}
-
-// newVaultEnv is newConfiguredEnv on such a Vault.
-func newVaultEnv(t *testing.T, err error) (*env, *vaultSystem) {
-	t.Helper()
-	e := newConfiguredEnv(t)
-	system := &vaultSystem{StaticSystemView: *e.system, err: err}
-	e.restartOn(system, nil)
-	return e, system
-}
-
-// set updates config, which must succeed.
-func (e *env) set(data map[string]any) *logical.Response {
-	e.t.Helper()
-	return e.ok(logical.UpdateOperation, "config", data)
-}
-
-// shown reads a field of config.
-func (e *env) shown(field string) any {
-	e.t.Helper()
-	return e.ok(logical.ReadOperation, "config", nil).Data[field]
-}
-
-// expectShown checks a field of config.
-func (e *env) expectShown(field string, want any) {
-	e.t.Helper()
-	if got := e.shown(field); got != want {
-		e.t.Errorf("%s in config: got %v, want %v", field, got, want)
-	}
-}
-
-// metric reads a metric that has no labels.
-func (e *env) metric(name string) any {
-	e.t.Helper()
-	return e.ok(logical.ReadOperation, "metrics", nil).Data[metricPrefix+name]
-}
-
-// ticks makes Vault's periodic call each minute for d.
-func (e *env) ticks(d time.Duration) {
-	e.t.Helper()
-	for range d / time.Minute {
-		time.Sleep(time.Minute)
-		e.tick()
-	}
-}
-
-// callOpenAI makes a call with an admin key, past the plugin and its faults.
-func (e *env) callOpenAI(key, method, path, body string) (status int, answer map[string]any) {
-	e.t.Helper()
-	req, err := http.NewRequest(method, "https://simulated/v1/organization/"+path, strings.NewReader(body))
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	req.Header.Set("Authorization", "Bearer "+key)
-	req.Header.Set("Content-Type", "application/json")
-	resp, err := e.sim.Transport().RoundTrip(req)
-	if err == nil {
-		err = json.NewDecoder(resp.Body).Decode(&answer)
-	}
-	if err != nil {
-		e.t.Fatal(err)
-	}
-	return resp.StatusCode, answer
-}
-
-// keyWorks fails the test unless OpenAI accepts the key in storage.
-func (e *env) keyWorks(s logical.Storage, when string) {
-	e.t.Helper()
-	cfg, err := getConfig(context.Background(), s)
-	if err != nil || cfg == nil {
-		e.t.Fatalf("%s: config: got %v, %v", when, cfg, err)
-	}
-	if status, _ := e.callOpenAI(cfg.AdminAPIKey, http.MethodGet, "admin_api_keys", ""); status != http.StatusOK {
-		e.t.Errorf("%s: the key in config is answered %d, want 200", when, status)
-	}
-}
-
-// oneKey fails the test unless the only live admin key is that of config, made by a
-// rotation or the first one, and nothing is left to do.
-func (e *env) oneKey() {
-	e.t.Helper()
-	e.keyWorks(e.storage.Storage, "in the end")
-	cfg, keys := e.config(), e.sim.AdminKeys()
-	_, first := e.sim.AdminKey()
-	if len(keys) != 1 || keys[0].ID != cfg.AdminAPIKeyID || keys[0].ID != first && !strings.HasPrefix(keys[0].Name, "vault-admin-") {
-		e.t.Errorf("live admin keys: got %v, want the one of config alone, %q", keys, cfg.AdminAPIKeyID)
-	}
-	if len(cfg.PendingDeletion) != 0 {
-		e.t.Errorf("pending deletion: got %v, want none", cfg.PendingDeletion)
-	}
-	e.nothingPending()
-}
-
-// nothingPending fails the test if there are write-ahead-log or clean-up entries.
-func (e *env) nothingPending() {
-	e.t.Helper()
-	if got := append(e.keys(cleanupPrefix), e.pending()...); len(got) != 0 {
-		e.t.Errorf("write-ahead-log and clean-up entries: got %d, want none", len(got))
-	}
-}
-
-// accounts fails the test unless the simulator has n service accounts and n keys.
-func (e *env) accounts(n int) {
-	e.t.Helper()
-	accounts, keys := e.sim.ServiceAccounts(openaisim.DefaultProject), e.sim.ProjectKeys(openaisim.DefaultProject)
-	if len(accounts) != n || len(keys) != n {
-		e.t.Errorf("service accounts and keys: got %d and %d, want %d", len(accounts), len(keys), n)
-	}
-}
-
-// logged counts the lines of the log that hold text.
-func (e *env) logged(level, text string) (n int) {
-	for line := range strings.Lines(e.log.String()) {
-		if strings.Contains(line, "["+level+"]") && strings.Contains(line, text) {
-			n++
-		}
-	}
-	return n
-}
-
-// countCalls counts the calls to OpenAI of a method whose path contains part.
-func (e *env) countCalls(method, part string) (n int) {
-	for _, c := range e.sim.Calls() {
-		if c.Method == method && strings.Contains(c.Path, part) {
-			n++
-		}
-	}
-	return n
-}
-
-// always makes calls be answered with status from now on.
-func (e *env) always(method, path string, status int) {
-	e.sim.Inject(openaisim.Fault{Method: method, Path: path, Status: status, Times: -1})
-}
-
-// stepFault is what befalls one step of a request, a storage operation or an exchange
-// with OpenAI, or that step and all later ones.
+// stepFault is what befalls one step of a request, a storage operation or an exchange with OpenAI, or that step and all
+// later ones.
 type stepFault struct {
 	name    string
 	effect  bool // the step takes effect, but its answer is lost
 	all     bool // no later step takes effect either, until the request has ended
-	restart bool // and then the plugin's process ends
+	crash   bool // and then the plugin's process ends
 	cancel  bool // the request's context ends at the step
 	arrives bool // then: the step's answer arrives all the same
 	refused bool // of a call to OpenAI: the connection is refused
@@ -2861,8 +273,8 @@ type stepFault struct {
 }
 
 var stepFaults = []stepFault{
-	{name: "crash before", all: true, restart: true},
-	{name: "crash after", all: true, restart: true, effect: true},
+	{name: "crash before", all: true, crash: true},
+	{name: "crash after", all: true, crash: true, effect: true},
 	{name: "outage before", all: true},
 	{name: "outage after", all: true, effect: true},
 	{name: "failure"},
@@ -2875,115 +287,102 @@ var stepFaults = []stepFault{
 	{name: "cancelled with the answer", cancel: true, effect: true, arrives: true},
 }
 
-// roundTrip is a transport.
-type roundTrip func(*http.Request) (*http.Response, error)
-
-func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
-
-// steps stands between a mount and its storage and OpenAI.
-type steps struct {
-	logical.Storage
-	transport http.RoundTripper
-	each      func() // called before each step
-
-	fault  stepFault
-	at     int // the step that the fault befalls, from 1
-	cancel context.CancelFunc
-	n      int         // steps so far
-	on     atomic.Bool // while the request runs; other steps are not counted
-}
-
 var errStep = errors.New("injected failure")
 
-// step takes a step whose effect it is given.
-func (s *steps) step(effect func() error) error {
-	if s.each != nil {
-		s.each()
-	}
-	if !s.on.Load() {
-		return effect()
-	}
-	s.n++
-	switch {
-	case s.n < s.at || s.n > s.at && !s.fault.all:
-		return effect()
-	case s.n > s.at:
-		return errStep
-	}
-	if s.fault.effect {
-		if err := effect(); err != nil || s.fault.arrives {
-			s.cancel()
-			return err
-		}
-	}
-	if s.fault.cancel {
-		s.cancel()
-		return context.Canceled
-	}
-	return errStep
-}
-
-// The storage is one that does not look at the context.
-
-func (s *steps) Get(ctx context.Context, key string) (entry *logical.StorageEntry, err error) {
-	ctx = context.WithoutCancel(ctx)
-	err = s.step(func() error { entry, err = s.Storage.Get(ctx, key); return err })
-	return entry, err
-}
-
-func (s *steps) Put(ctx context.Context, entry *logical.StorageEntry) error {
-	return s.step(func() error { return s.Storage.Put(context.WithoutCancel(ctx), entry) })
-}
-
-func (s *steps) Delete(ctx context.Context, key string) error {
-	return s.step(func() error { return s.Storage.Delete(context.WithoutCancel(ctx), key) })
-}
-
-func (s *steps) List(ctx context.Context, prefix string) (keys []string, err error) {
-	err = s.step(func() error { keys, err = s.Storage.List(context.WithoutCancel(ctx), prefix); return err })
-	return keys, err
-}
-
-func (s *steps) RoundTrip(req *http.Request) (resp *http.Response, err error) {
-	err = s.step(func() error { resp, err = s.transport.RoundTrip(req); return err })
-	switch {
-	case err == nil:
-		return resp, nil
-	case !errors.Is(err, errStep):
-		return nil, err
-	case s.fault.refused:
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
-	case s.fault.status != 0:
-		body := `{"error":{"message":"Injected.","type":"server_error"}}`
-		return &http.Response{StatusCode: s.fault.status, Header: http.Header{}, Body: io.NopCloser(strings.NewReader(body)), Request: req}, nil
-	}
-	return nil, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
-}
-
-// newSteps puts steps between the mount and the rest.
-func newSteps(e *env) *steps {
-	s := &steps{Storage: e.storage.Storage, transport: e.sim.Transport()}
-	e.storage.Storage = s
-	e.restartOn(nil, s)
-	return s
-}
-
-// run makes a request that meets fault at its step number at. It tells whether the request came as far.
-func (s *steps) run(e *env, fault stepFault, at int, op logical.Operation, path string) (resp *logical.Response, err error, reached bool) {
+// atStep makes request, whose context it gives, meet fault at its step number at, from 1. each is called before each
+// step; nil: nothing is. It tells whether the request came as far.
+func (e *env) atStep(fault stepFault, at int, each func(), request func(ctx context.Context)) (reached bool) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	s.fault, s.at, s.cancel, s.n = fault, at, cancel, 0
-	s.on.Store(true)
-	resp, err = e.b.HandleRequest(ctx, &logical.Request{Operation: op, Path: path, Storage: e.storage, MountPoint: "openai/"})
-	s.on.Store(false)
-	if fault.restart {
-		e.crash()
+	n := 0
+	var mu sync.Mutex
+	// step tells what befalls the next step: before it has an effect, and after.
+	step := func() (before, after error) {
+		if each != nil {
+			each()
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		n++
+		hit := n == at
+		switch {
+		case !hit && (n < at || !fault.all):
+			return nil, nil
+		case !hit:
+			return errStep, errStep
+		case fault.cancel && !fault.effect:
+			cancel()
+			return context.Canceled, nil
+		case fault.cancel && fault.arrives:
+			return nil, context.Canceled
+		case fault.cancel:
+			return nil, context.Canceled
+		case fault.effect:
+			return nil, errStep
+		}
+		return errStep, nil
 	}
-	return resp, failure(resp, err), s.n >= at
+	var after sync.Map // by verb and key: what is to be said after the effect
+	e.Storage.SetFault(func(verb, key string) error {
+		before, then := step()
+		after.Store(verb+key, then)
+		return before
+	})
+	e.Storage.SetAfter(func(verb, key string) error {
+		then, _ := after.LoadAndDelete(verb + key)
+		err, _ := then.(error)
+		if errors.Is(err, context.Canceled) {
+			cancel()
+			if fault.arrives {
+				return nil
+			}
+		}
+		return err
+	})
+	e.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+		before, then := step()
+		resp, err := (*http.Response)(nil), before
+		if trace := httptrace.ContextClientTrace(req.Context()); trace != nil && !fault.refused {
+			trace.GotConn(httptrace.GotConnInfo{})
+		}
+		if before == nil {
+			if resp, err = send(); err == nil {
+				err = then
+			}
+		}
+		if errors.Is(then, context.Canceled) {
+			cancel()
+			if fault.arrives {
+				return resp, nil
+			}
+		}
+		switch {
+		case err == nil:
+			return resp, nil
+		case !errors.Is(err, errStep):
+			return nil, err
+		case fault.refused:
+			return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
+		case fault.status != 0:
+			body := io.NopCloser(strings.NewReader(`{"error":{"message":"Injected.","type":"server_error"}}`))
+			return &http.Response{StatusCode: fault.status, Header: http.Header{}, Body: body, Request: req}, nil
+		}
+		return nil, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
+	})
+	request(ctx)
+	e.Storage.SetFault(nil)
+	e.Storage.SetAfter(nil)
+	e.wire.setFault(nil)
+	if fault.crash {
+		e.Crash()
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	return n >= at
 }
 
-// everyStep runs test in a bubble of its own for each fault at each step, and fails if
-// there are fewer than enough steps. test tells whether its request reached step at.
+// everyStep runs test in a bubble of its own for each fault at each step, and fails if there are fewer than enough
+// steps. test tells whether its request reached step at.
 func everyStep(t *testing.T, enough int, test func(t *testing.T, fault stepFault, at int) (reached bool)) {
 	for _, fault := range stepFaults {
 		t.Run(fault.name, func(t *testing.T) {
@@ -3002,2275 +401,3758 @@ func everyStep(t *testing.T, enough int, test func(t *testing.T, fault stepFault
 	}
 }
 
-// TestRotationFaults: whatever a rotation meets at whatever step, config holds a working
-// key at any moment, and a few minutes later that is the only one.
-func TestRotationFaults(t *testing.T) {
-	for _, test := range []struct {
-		name   string
-		op     logical.Operation
-		path   string
-		enough int // at least so many steps
-		set    func(*env)
-	}{
-		// config, own key, entry, new key, proof, config, entry, old key, config
-		{"manual", logical.UpdateOperation, "config/rotate", 9, func(*env) {}},
-		// a proof that takes a while
-		{"slow proof", logical.UpdateOperation, "config/rotate", 11, func(e *env) { e.sim.SetKeyDelay(250 * time.Millisecond) }},
-		// with the key of an earlier rotation still to be deleted
-		{"left over", logical.UpdateOperation, "config/rotate", 10, func(e *env) {
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusForbidden})
-			e.ok(logical.UpdateOperation, "config/rotate", nil)
-		}},
-		{"scheduled", logical.RollbackOperation, "", 11, func(e *env) {
-			e.set(map[string]any{"rotation_period": "1h"})
-			time.Sleep(time.Hour)
-		}},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			everyStep(t, test.enough, func(t *testing.T, fault stepFault, at int) bool {
-				e, _ := newVaultEnv(t, errCommunity)
-				test.set(e)
-				before := e.config().AdminAPIKeyID
-				s := newSteps(e)
-				s.each = func() { e.keyWorks(s.Storage, fmt.Sprintf("at step %d", s.n)) }
-				resp, err, reached := s.run(e, fault, at, test.op, test.path)
-				e.keyWorks(s.Storage, "after the request")
-				if rotated := e.config().AdminAPIKeyID; test.path != "" && err == nil && (rotated == before || rotated != resp.Data["admin_api_key_id"]) {
-					t.Errorf("answered success with %v, and the key in config is %q, before %q", resp.Data, rotated, before)
-				}
-				e.tick() // entries are too young
-				e.creds("web")
-				e.ticks(4 * time.Minute)
-				e.oneKey()
-				e.ok(logical.UpdateOperation, "config/rotate", nil)
-				e.oneKey()
-				return reached
-			})
-		})
-	}
-}
-
-// TestRotationProof is about a new key that OpenAI does not know yet.
-func TestRotationProof(t *testing.T) {
-	for _, test := range []struct {
-		delay time.Duration
-		ok    bool
-	}{{0, true}, {3 * time.Second, true}, {12 * time.Second, true}, {time.Hour, false}} {
-		t.Run(test.delay.String(), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				e.sim.SetKeyDelay(test.delay)
-				start := time.Now()
-				err := failure(e.do(logical.UpdateOperation, "config/rotate", nil))
-				if got := err == nil; got != test.ok {
-					t.Errorf("rotation with a key accepted after %v: got %v, want success %v", test.delay, err, test.ok)
-				}
-				if took := time.Since(start); took > 30*time.Second {
-					t.Errorf("rotation: took %v, want at most 30s", took)
-				}
-				if got := e.countCalls(http.MethodGet, "/admin_api_keys/"); got > 12 {
-					t.Errorf("proofs: got %d calls, want at most 12", got)
-				}
-				e.oneKey()
-				_, first := e.sim.AdminKey()
-				if got := e.config().AdminAPIKeyID != first; got != test.ok {
-					t.Errorf("new key in config: got %v, want %v", got, test.ok)
-				}
-			})
-		})
-	}
-}
-
-// TestPendingDeletion: an old key that can't be deleted is shown, told once, and deleted
-// by later periodic calls. That it is gone already counts as deleted.
-func TestPendingDeletion(t *testing.T) {
-	for _, status := range []int{403, 404, 429, 500} {
-		t.Run(fmt.Sprint(status), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				old := e.config().AdminAPIKeyID
-				e.always(http.MethodDelete, "admin_api_keys", status)
-				resp := e.ok(logical.UpdateOperation, "config/rotate", nil)
-				want := []string{old}
-				if status == http.StatusNotFound {
-					want = []string{}
-				}
-				if got := e.shown("pending_deletion"); !slices.Equal(got.([]string), want) {
-					t.Errorf("pending_deletion: got %v, want %v", got, want)
-				}
-				if got := len(resp.Warnings); got != len(want) || got == 1 && !strings.Contains(resp.Warnings[0], old) {
-					t.Errorf("warnings: got %v, want %d that name the old key", resp.Warnings, len(want))
-				}
-				if got, want := e.metric("admin_keys_pending_deletion"), float64(len(want)); got != want {
-					t.Errorf("metric: got %v, want %v", got, want)
-				}
-				if status == http.StatusNotFound {
-					return // the simulator has not really deleted it
-				}
-				e.ticks(3 * time.Minute)
-				if got := e.shown("pending_deletion"); !slices.Equal(got.([]string), want) {
-					t.Errorf("pending_deletion while OpenAI fails: got %v, want %v", got, want)
-				}
-				e.sim.ClearFaults()
-				e.ticks(time.Minute)
-				e.oneKey()
-				if resp := e.ok(logical.UpdateOperation, "config/rotate", nil); len(resp.Warnings) != 0 {
-					t.Errorf("warnings of the next rotation: got %v, want none", resp.Warnings)
-				}
-			})
-		})
-	}
-}
-
-// TestRotationsAtOnce: they come one after the other, and each succeeds.
-func TestRotationsAtOnce(t *testing.T) {
-	e := newConfiguredEnv(t)
-	e.sim.SetLatency(2 * time.Millisecond)
-	ids := sync.Map{}
-	var group sync.WaitGroup
-	for range 4 {
-		group.Go(func() {
-			resp, err := e.do(logical.UpdateOperation, "config/rotate", nil)
-			if err := failure(resp, err); err != nil {
-				t.Errorf("rotate: %v", err)
-				return
-			}
-			if _, twice := ids.LoadOrStore(resp.Data["admin_api_key_id"], true); twice {
-				t.Errorf("two rotations answered the same key")
-			}
-		})
-	}
-	group.Wait()
-	e.oneKey()
-}
-
-// TestRotationWaitsForCalls: calls in flight on the old key end before it is deleted; those that
-// take too long are no reason to keep it for good, and succeed with the new key.
-func TestRotationWaitsForCalls(t *testing.T) {
-	for _, test := range []struct {
-		slow    time.Duration
-		waits   bool
-		pending int
-	}{{10 * time.Second, true, 0}, {24 * time.Second, false, 1}} {
-		t.Run(test.slow.String(), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				var slowed atomic.Bool
-				e.restartOn(nil, roundTrip(func(req *http.Request) (resp *http.Response, err error) {
-					if strings.HasSuffix(req.URL.Path, "/service_accounts") && slowed.CompareAndSwap(false, true) {
-						if err := sleep(req.Context(), test.slow); err != nil {
-							return nil, err
-						}
-					}
-					return e.sim.Transport().RoundTrip(req)
-				}))
-				start := time.Now()
-				var ended time.Duration
-				var group sync.WaitGroup
-				group.Go(func() {
-					e.creds("web")
-					ended = time.Since(start)
-				})
-				synctest.Wait()
-				resp := e.ok(logical.UpdateOperation, "config/rotate", nil)
-				if took := time.Since(start); took < min(test.slow, 20*time.Second) || took > 21*time.Second {
-					t.Errorf("rotation: took %v, want that it waits for the call of %v, up to 20s", took, test.slow)
-				}
-				if got := len(resp.Warnings); got != test.pending {
-					t.Errorf("warnings: got %v, want %d", resp.Warnings, test.pending)
-				}
-				e.tick()
-				group.Wait()
-				if got := e.countCalls(http.MethodPost, "/service_accounts"); (got == 1) != test.waits {
-					t.Errorf("creations: got %d, want a second one only when the rotation could not wait", got)
-				}
-				if ended > test.slow+time.Second {
-					t.Errorf("the call ended after %v, want %v", ended, test.slow)
-				}
-				e.oneKey()
-				e.accounts(1)
-			})
-		})
-	}
-}
-
-// TestRotatedElsewhere: a call whose key another node has rotated away, even twice, goes on with the new one.
-func TestRotatedElsewhere(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		other := *e
-		other.restart()
-		rotations := 2
-		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
-			if req.Method == http.MethodPost && rotations > 0 {
-				rotations--
-				other.ok(logical.UpdateOperation, "config/rotate", nil)
-			}
-			return e.sim.Transport().RoundTrip(req)
-		}))
-		e.creds("web")
-		if got := e.countCalls(http.MethodPost, "/service_accounts"); got != 3 {
-			t.Errorf("creations: got %d, want the third to succeed", got)
-		}
-		e.oneKey()
-		e.accounts(1)
-	})
-}
-
-// TestRotationUnderLoad: issuing and revoking never notices rotations.
-func TestRotationUnderLoad(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.sim.SetLatency(50 * time.Millisecond)
-		end := time.Now().Add(10 * time.Second)
-		var issued, failed atomic.Int64
-		var group sync.WaitGroup
-		for range 16 {
-			group.Go(func() {
-				for time.Now().Before(end) {
-					resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-					if err := failure(resp, err); err != nil {
-						failed.Add(1)
-						t.Errorf("creds: %v", err)
-						return
-					}
-					if err := failure(e.lease(logical.RevokeOperation, resp.Secret)); err != nil {
-						failed.Add(1)
-						t.Errorf("revoke: %v", err)
-					}
-					issued.Add(1)
-				}
-			})
-		}
-		rotations := 0
-		for ; time.Now().Before(end); rotations++ {
-			time.Sleep(time.Second)
-			e.ok(logical.UpdateOperation, "config/rotate", nil)
-		}
-		group.Wait()
-		t.Logf("%d credentials, %d rotations, %d failures", issued.Load(), rotations, failed.Load())
-		if issued.Load() < 1400 || rotations < 7 {
-			t.Errorf("got %d credentials and %d rotations, want 1400 and 7", issued.Load(), rotations)
-		}
-		for _, c := range e.sim.Calls() {
-			if c.Status != http.StatusOK {
-				t.Errorf("%s %s was answered %d: a rotation did not wait", c.Method, c.Path, c.Status)
-				break
-			}
-		}
-		e.oneKey()
-		e.accounts(0)
-	})
-}
-
-// TestWrongKeyID: an id that is not the key's can't be configured, nor rotated with.
-func TestWrongKeyID(t *testing.T) {
-	e := newEnv(t)
-	key, _ := e.sim.AdminKey()
-	_, other := e.sim.AddAdminKey("somebody else's")
-	data := map[string]any{"admin_api_key": key, "admin_api_key_id": other, "organization_id": openaisim.DefaultOrganization}
-	e.refused(logical.CreateOperation, "config", data, "admin_api_key_id", other)
-	data["verify_connection"] = false
-	e.ok(logical.CreateOperation, "config", data)
-	if err := failure(e.do(logical.UpdateOperation, "config/rotate", nil)); err == nil || !strings.Contains(err.Error(), other) {
-		t.Errorf("rotation with the id of another key: got %v, want an error that names it", err)
-	}
-	if got := len(e.sim.AdminKeys()); got != 2 {
-		t.Errorf("live admin keys: got %d, want both", got)
-	}
-	e.nothingPending()
-}
-
-// TestRotationSchedule: where Vault has no rotation manager the plugin rotates from its
-// periodic function, by period or by cron schedule in UTC.
-func TestRotationSchedule(t *testing.T) {
-	defer func(zone *time.Location) { time.Local = zone }(time.Local)
-	time.Local = time.FixedZone("elsewhere", 5*60*60+30*60) // schedules are in UTC all the same
-	period := map[string]any{"rotation_period": "90m"}
-	hourly := map[string]any{"rotation_schedule": "30 * * * *"}
-	nightly := map[string]any{"rotation_schedule": "0 3 * * *", "rotation_window": "2h"}
-	for _, test := range []struct {
-		name   string
-		config map[string]any
-		change map[string]any // written after down
-		down   time.Duration  // Vault is down so long, from midnight (UTC) on
-		up     time.Duration  // and then up so long, with a periodic call each minute
-		want   string         // times of the rotations, in UTC
-	}{
-		{"period", period, nil, 0, 5 * time.Hour, "01:30 03:00 04:30"},
-		{"period missed", period, nil, 4 * time.Hour, 2 * time.Hour, "04:01 05:31"},
-		{"schedule", hourly, nil, 0, 3 * time.Hour, "00:30 01:30 02:30"},
-		{"schedule missed", hourly, nil, 2 * time.Hour, time.Hour, "02:01 02:30"},
-		{"window", nightly, nil, 0, 28 * time.Hour, "03:00 03:00"},
-		{"in the window", nightly, nil, 4*time.Hour + 50*time.Minute, 24 * time.Hour, "04:51 03:00"},
-		{"after the window", nightly, nil, 5 * time.Hour, 24 * time.Hour, "03:00"},
-		{"disabled", period, map[string]any{"disable_automated_rotation": true}, 2 * time.Hour, 10 * time.Hour, ""},
-		{"cleared", period, map[string]any{"rotation_period": 0}, 2 * time.Hour, 10 * time.Hour, ""},
-		{"shortened", period, map[string]any{"rotation_period": "20m"}, 10 * time.Minute, time.Hour, "00:20 00:40 01:00"},
-		{"lengthened", period, map[string]any{"rotation_period": "3h"}, 2 * time.Hour, 2 * time.Hour, "03:00"},
-		{"new schedule", hourly, map[string]any{"rotation_schedule": "45 * * * *"}, 20 * time.Minute, time.Hour, "00:45"},
-		{"schedule for period", period, map[string]any{"rotation_schedule": "45 * * * *", "rotation_period": 0}, 20 * time.Minute, 3 * time.Hour, "00:45 01:45 02:45"},
-	} {
-		for _, err := range []error{errCommunity, errors.New("rpc error: code = Unimplemented desc = unknown method")} {
-			t.Run(test.name, func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e, system := newVaultEnv(t, err)
-					e.set(test.config)
-					e.expectShown("rotation_manager", "plugin")
-					time.Sleep(test.down)
-					e.restartOn(system, nil)
-					if test.change != nil {
-						e.set(test.change)
-					}
-					var got []string
-					for range test.up / time.Minute {
-						before := e.config().AdminAPIKeyID
-						next, _ := time.Parse(time.RFC3339, e.shown("next_rotation").(string))
-						e.ticks(time.Minute)
-						now := time.Now().UTC()
-						rotated := e.config().AdminAPIKeyID != before
-						if rotated {
-							got = append(got, now.Format("15:04"))
-							if shown := e.shown("last_rotated"); shown != formatTime(now) {
-								t.Errorf("last_rotated: got %v, want %v", shown, formatTime(now))
-							}
-						}
-						if due := !next.IsZero() && !next.After(now); due != rotated {
-							t.Errorf("next_rotation at %v: got %v, and rotated is %v", now, next, rotated)
-						}
-					}
-					if got := strings.Join(got, " "); got != test.want {
-						t.Errorf("rotations: got %q, want %q", got, test.want)
-					}
-					e.oneKey()
-				})
-			})
-		}
-	}
-}
-
-// TestRotationFields: which of the fields go together, and what is stored stays.
-func TestRotationFields(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, errCommunity)
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": 60, "rotation_schedule": "* * * * *"}, "rotation_period", "rotation_schedule")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_window": 3600}, "rotation_window")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_schedule": "every day"}, "rotation_schedule")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_schedule": "* * * * *", "rotation_window": 60}, "rotation_window")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": -60}, "rotation_period")
-		e.expectShown("rotation_manager", "none")
-
-		e.set(map[string]any{"rotation_schedule": "0 3 * * *"})
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600}, "rotation_schedule")
-		e.set(map[string]any{"rotation_window": 7200})
-		e.expectShown("rotation_window", float64(7200))
-		e.expectShown("rotation_schedule", "0 3 * * *")
-		e.set(map[string]any{"organization_id": openaisim.DefaultOrganization})
-		e.expectShown("rotation_window", float64(7200))
-		e.set(map[string]any{"rotation_schedule": "", "rotation_period": 3600})
-		e.expectShown("rotation_window", float64(0))
-		e.expectShown("next_rotation", "2000-01-01T01:00:00Z")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_schedule": "* * * * *"}, "rotation_period")
-		if resp := e.set(map[string]any{"rotation_policy": "p"}); resp == nil || len(resp.Warnings) != 1 {
-			t.Errorf("rotation_policy without a rotation manager: got %v, want one warning", resp)
-		}
-		e.set(map[string]any{"rotation_period": 0})
-		e.expectShown("next_rotation", "")
-		e.expectShown("rotation_manager", "none")
-	})
-}
-
-// TestRotationRetry: a scheduled rotation that fails is tried again after 1, 2, 4 … minutes, up to an
-// hour. A config write ends that.
-func TestRotationRetry(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, errCommunity)
-		e.set(map[string]any{"rotation_period": "1h"})
-		e.always(http.MethodPost, "/admin_api_keys$", 500)
-		e.ticks(time.Hour - time.Minute)
+// TestLife is a credential's life: issued, used, renewed, revoked.
+func TestLife(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
 		e.sim.ResetCalls()
-		var got []int
-		for minute := range 250 {
-			e.ticks(time.Minute)
-			if n := e.countCalls(http.MethodPost, "/admin_api_keys"); n > len(got) {
-				got = append(got, minute)
-			}
+		l := e.lease("web")
+		if got := len(e.sim.Calls()); got != 1 {
+			t.Errorf("calls to OpenAI for a credential: got %d, want 1", got)
 		}
-		if want := []int{0, 1, 3, 7, 15, 31, 63, 123, 183, 243}; !slices.Equal(got, want) {
-			t.Errorf("attempts: got minutes %v, want %v", got, want)
+		key := l.Data["api_key"].(string)
+		if !e.sim.Use(key) {
+			t.Error("the key is not accepted")
 		}
-		e.set(map[string]any{"rotation_period": "30m"})
-		e.ticks(time.Minute)
-		if got := e.countCalls(http.MethodPost, "/admin_api_keys"); got != 11 {
-			t.Errorf("attempts after a config write: got %d, want 11", got)
+		e.Run(30 * time.Minute)
+		if err := e.Renew(l, 0); err != nil {
+			t.Errorf("renew: %v", err)
 		}
-		e.sim.ClearFaults()
-		e.ticks(5 * time.Minute)
-		e.oneKey()
-		e.ticks(30 * time.Minute)
-		if got := e.countCalls(http.MethodPost, "/admin_api_keys"); got != 13 {
-			t.Errorf("creations after OpenAI has recovered: got %d, want 13", got)
+		e.revoke(l)
+		if e.sim.Use(key) {
+			t.Error("the key is accepted after its lease was revoked")
 		}
-		e.always(http.MethodPost, "/admin_api_keys$", 403)
-		e.ticks(27 * time.Minute)
-		if got := e.countCalls(http.MethodPost, "/admin_api_keys"); got != 15 {
-			t.Errorf("attempts: got %d, want 15: a minute after the first failure comes the second", got)
-		}
-		e.nothingPending() // a refused key needs no rollback
-	})
-}
-
-// TestRotationReplication: only the active node of the primary rotates by itself.
-func TestRotationReplication(t *testing.T) {
-	for _, test := range []struct {
-		name           string
-		state          consts.ReplicationState
-		local          bool
-		rotates, sweep bool
-	}{
-		{"primary", consts.ReplicationPerformancePrimary, false, true, true},
-		{"standby", consts.ReplicationPerformanceStandby, false, false, false},
-		{"secondary", consts.ReplicationPerformanceSecondary, false, false, true},
-		{"secondary, local mount", consts.ReplicationPerformanceSecondary, true, true, true},
-		{"DR secondary", consts.ReplicationDRSecondary, false, false, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e, system := newVaultEnv(t, errCommunity)
-				e.set(map[string]any{"rotation_period": "1h"})
-				_, first := e.sim.AdminKey()
-				resp := e.creds("web")
-				e.always(http.MethodDelete, "/service_accounts/", 403)
-				if err := failure(e.lease(logical.RevokeOperation, resp.Secret)); err == nil {
-					t.Error("revoke: got success, want an error")
-				}
-				e.sim.ClearFaults()
-				system.ReplicationStateVal, system.LocalMountVal = test.state, test.local
-				e.ticks(3 * time.Hour)
-				if got := e.config().AdminAPIKeyID != first; got != test.rotates {
-					t.Errorf("rotated: got %v, want %v", got, test.rotates)
-				}
-				if got := len(e.keys(cleanupPrefix)) == 0; got != test.sweep {
-					t.Errorf("swept: got %v, want %v", got, test.sweep)
-				}
-				if !test.rotates {
-					if err := failure(e.do(logical.RotationOperation, "config", nil)); err == nil {
-						t.Error("rotation by Vault: got success, want an error")
-					}
-				}
-			})
-		})
-	}
-}
-
-// TestRotationByVault: where Vault has a rotation manager, that alone rotates on schedule.
-func TestRotationByVault(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, system := newVaultEnv(t, nil)
-		e.set(map[string]any{"rotation_schedule": "0 3 * * *", "rotation_window": 7200, "rotation_policy": "p"})
-		e.expectShown("rotation_manager", "vault")
-		want := rotation.RotationJobConfigureRequest{
-			Name: "openai-admin-api-key", MountPoint: "openai/", ReqPath: "config",
-			RotationSchedule: "0 3 * * *", RotationWindow: 2 * time.Hour, RotationPolicy: "p",
-		}
-		if got := system.registered; len(got) != 1 || got[0] != want {
-			t.Errorf("registered: got %+v, want %+v", got, want)
-		}
-		_, first := e.sim.AdminKey()
-		e.ticks(25 * time.Hour)
-		if got := e.config().AdminAPIKeyID; got != first {
-			t.Error("the plugin rotated by itself")
-		}
-		e.ok(logical.RotationOperation, "config", nil)
-		if got := e.config().AdminAPIKeyID; got == first {
-			t.Error("Vault's rotation has not rotated")
-		}
-		e.oneKey()
-		e.always(http.MethodPost, "/admin_api_keys$", 403)
-		if err := failure(e.do(logical.RotationOperation, "config", nil)); err == nil {
-			t.Error("failing rotation: got success, want an error, for Vault to try again")
-		}
-
-		e.set(map[string]any{"rotation_schedule": "", "rotation_period": 3600})
-		if got := system.registered; len(got) != 2 || got[1].RotationPeriod != time.Hour || got[1].RotationSchedule != "" {
-			t.Errorf("registered after a change: got %+v, want a period of 1h", got)
-		}
-		job := rotation.RotationJobDeregisterRequest{MountPoint: "openai/", ReqPath: "config"}
-		for i, write := range []map[string]any{{"disable_automated_rotation": true}, {"disable_automated_rotation": false}, {"rotation_period": 0}, {"rotation_period": 3600}, nil} {
-			if write != nil {
-				e.set(write)
-			} else {
-				e.ok(logical.DeleteOperation, "config", nil)
-			}
-			if got, want := len(system.deregistered), i/2+1; got != want || system.deregistered[got-1] != job {
-				t.Errorf("deregistered after %v: got %+v, want %d of %+v", write, system.deregistered, want, job)
-			}
-		}
-		if got := len(system.registered); got != 4 {
-			t.Errorf("registered: got %d times, want 4", got)
-		}
-
-		system.err = errors.New("no rotation for you")
-		key, id := e.sim.AddAdminKey("next")
-		e.configure(map[string]any{"admin_api_key": key, "admin_api_key_id": id})
-		if err := failure(e.do(logical.UpdateOperation, "config", map[string]any{"rotation_period": 3600})); err == nil {
-			t.Error("config with a registration that fails: got success, want an error")
-		}
-		e.expectShown("rotation_period", float64(0))
-	})
-}
-
-// TestRotationTakenOver: the older plugin's config, which says nothing of who rotates, is taken over by
-// the first periodic call.
-func TestRotationTakenOver(t *testing.T) {
-	for _, test := range []struct {
-		err  error
-		want string
-	}{{errCommunity, "plugin"}, {nil, "vault"}} {
-		t.Run(test.want, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e, system := newVaultEnv(t, test.err)
-				key, id := e.sim.AdminKey()
-				old := fmt.Sprintf(`{"admin_api_key":%q,"admin_api_key_id":%q,"api_endpoint":"https://api.openai.com/v1","organization_id":"org-sim",
-					"last_rotated_time":%q,"rotation_schedule":"","rotation_window":0,"rotation_period":3600000000000,"disable_automated_rotation":false,"rotation_policy":""}`,
-					key, id, time.Now().Format(time.RFC3339Nano))
-				if err := e.storage.Put(context.Background(), &logical.StorageEntry{Key: configPath, Value: []byte(old)}); err != nil {
-					t.Fatal(err)
-				}
-				e.restartOn(system, nil)
-				e.ticks(time.Minute)
-				e.expectShown("rotation_manager", test.want)
-				e.expectShown("rotation_period", float64(3600))
-				e.ticks(time.Hour)
-				if got, want := e.config().AdminAPIKeyID != id, test.want == "plugin"; got != want {
-					t.Errorf("the plugin has rotated: got %v, want %v", got, want)
-				}
-				if got, want := len(system.registered) == 1, test.want == "vault"; got != want {
-					t.Errorf("registered: got %v, want %v", system.registered, want)
-				}
-			})
-		})
-	}
-}
-
-// TestAdminKeyTTL is about admin keys that expire by themselves.
-func TestAdminKeyTTL(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, errCommunity)
-		const day = 24 * time.Hour
-		time.Sleep(2*day + 10*time.Hour) // to a Monday morning
-		for _, test := range []struct {
-			schedule string
-			period   time.Duration
-			ttl      time.Duration
-			disable  bool
-			ok       bool
-		}{
-			{ttl: day},
-			{period: 12 * time.Hour, ttl: day, ok: true},
-			{period: 12 * time.Hour, ttl: day, disable: true},
-			{period: 12 * time.Hour, ttl: day - time.Second},
-			{period: 12 * time.Hour, ttl: -day},
-			{period: 12 * time.Hour, ttl: 365 * day, ok: true},
-			{period: 12 * time.Hour, ttl: 365*day + time.Second},
-			{period: 200 * day, ttl: 365 * day},
-			{schedule: "0 3 * * *", ttl: 2 * day, ok: true},
-			{schedule: "0 3 * * *", ttl: 2*day - time.Second},
-			{schedule: "0 3 * * *", ttl: 2 * day, disable: true},
-			{schedule: "0 3 * * 1-5", ttl: 6 * day, ok: true}, // from Friday to Monday
-			{schedule: "0 3 * * 1-5", ttl: 6*day - time.Second},
-			{schedule: "0 3 1 * *", ttl: 62 * day, ok: true},
-			{schedule: "0 3 1 * *", ttl: 61 * day},
-			{schedule: "* 9-17 * * 1-5", ttl: 6 * day, ok: true},
-			{schedule: "* 9-17 * * 1-5", ttl: 2 * day}, // many short gaps come before the long one
-			{schedule: "0 * * 1-6 *", ttl: 30 * day},   // likewise
-			{schedule: "0 3 29 2 *", ttl: 365 * day},   // every four years
-		} {
-			data := map[string]any{
-				"admin_key_ttl": int(test.ttl.Seconds()), "disable_automated_rotation": test.disable,
-				"rotation_schedule": test.schedule, "rotation_period": int(test.period.Seconds()),
-			}
-			if test.ok {
-				e.set(data)
-				e.expectShown("admin_key_ttl", int64(test.ttl.Seconds()))
-				e.set(map[string]any{"admin_key_ttl": 0})
-			} else {
-				e.refused(logical.UpdateOperation, "config", data, "admin_key_ttl")
-			}
-		}
-
-		e.set(map[string]any{"rotation_period": int((10 * day).Seconds()), "rotation_schedule": "", "admin_key_ttl": int((20 * day).Seconds())})
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": 0}, "admin_key_ttl")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"rotation_period": int((11 * day).Seconds())}, "admin_key_ttl")
-		e.refused(logical.UpdateOperation, "config", map[string]any{"disable_automated_rotation": true}, "admin_key_ttl")
-		e.expectShown("admin_key_expires_at", "") // the first key's
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		expires := time.Now().Add(20 * day)
-		if got := e.sim.AdminKeys()[0].Expires; !got.Equal(expires) {
-			t.Errorf("the new key's expiry at OpenAI: got %v, want %v", got, expires)
-		}
-		e.expectShown("admin_key_expires_at", formatTime(expires))
-		if got := e.metric("admin_key_expiry_timestamp_seconds"); got != float64(expires.Unix()) {
-			t.Errorf("metric: got %v, want %v", got, expires.Unix())
-		}
-
-		// Rotations fail from now on.
-		e.always(http.MethodPost, "/admin_api_keys$", 403)
-		time.Sleep(13*day - 2*time.Minute)
-		e.ticks(time.Minute)
-		if got := e.logged("WARN", "expires soon"); got != 0 {
-			t.Errorf("warnings more than a week before the key's end: got %d, want none", got)
-		}
-		e.ticks(6 * time.Hour)
-		if got := e.logged("WARN", "expires soon"); got != 6 {
-			t.Errorf("warnings in six hours: got %d, want one an hour", got)
-		}
-		e.sim.ClearFaults()
-		e.ticks(2 * time.Hour)
-		e.oneKey()
-		warned := e.logged("WARN", "expires soon")
-		if e.ticks(6 * time.Hour); e.logged("WARN", "expires soon") != warned {
-			t.Error("warned after the rotation had succeeded")
-		}
-
-		// A life so short that the key always ends soon, with rotations in time.
-		e.set(map[string]any{"rotation_period": int(day.Seconds()), "admin_key_ttl": int((2 * day).Seconds())})
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		if e.ticks(50 * time.Hour); e.logged("WARN", "expires soon") != warned {
-			t.Error("warned of a key whose successor was on time")
-		}
-		e.always(http.MethodPost, "/admin_api_keys$", 403)
-		if e.ticks(26 * time.Hour); e.logged("WARN", "expires soon") == warned {
-			t.Error("did not warn of a key whose successor was late")
+		e.have(0, 0, "after revocation")
+		if got := fmt.Sprint(e.Storage.Keys("")); got != "[config roles/]" {
+			t.Errorf("storage: got %s", got)
 		}
 	})
 }
 
-// TestExpiringKey: config warns when its key ends and nothing will replace it.
-func TestExpiringKey(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, errCommunity)
-		key, _ := e.sim.AdminKey()
-		_, made := e.callOpenAI(key, http.MethodPost, "admin_api_keys", `{"name":"ends","expires_in_seconds":86400}`)
-		data := map[string]any{"admin_api_key": made["value"], "admin_api_key_id": made["id"]}
-		end := "2000-01-02T00:00:00Z"
-		if resp := e.set(data); resp == nil || len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], end) {
-			t.Errorf("config with a key that ends: got %v, want one warning with %s", resp, end)
-		}
-		e.expectShown("admin_key_expires_at", end)
-		if resp := e.set(map[string]any{"rotation_period": 3600}); resp != nil {
-			t.Errorf("config with a key that ends, and a schedule: got %v, want no warning", resp.Warnings)
-		}
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		e.expectShown("admin_key_expires_at", "")
-	})
-}
+// fields are what a request names, or what an answer holds.
+type fields = map[string]any
 
-// kinds are the kinds of roles: what a role has, how many calls a credential takes, and
-// the role that its account has, where that exists already.
-var kinds = []struct {
-	name    string
-	role    map[string]any
-	steps   int // of issuing a credential, in storage and at OpenAI
-	account string
-}{
-	{"plain", map[string]any{}, 5, ""}, // role, config, entry, account, entry
-	{"scoped", map[string]any{"scopes": "api.responses.write"}, 7, ""},
-	{"existing account", map[string]any{}, 5, "member"},
-	{"existing account with scopes", map[string]any{"scopes": "api.responses.write"}, 5, "owner"},
-	{"existing account without a role", map[string]any{}, 5, "none"},
-}
-
-// TestCredsFaults: whatever issuing a credential meets at whatever step, a few minutes later
-// OpenAI has nothing that was not handed out, and all that was.
-func TestCredsFaults(t *testing.T) {
-	for _, kind := range kinds {
-		t.Run(kind.name, func(t *testing.T) {
-			lost := map[string]int{}
-			everyStep(t, kind.steps, func(t *testing.T, fault stepFault, at int) bool {
-				e := newConfiguredEnv(t)
-				kind.role["project_id"] = openaisim.DefaultProject
-				there := 0
-				if kind.account != "" {
-					there = 1
-					kind.role["service_account_id"] = e.sim.AddServiceAccount(openaisim.DefaultProject, "there", kind.account)
-				}
-				e.ok(logical.CreateOperation, "roles/r", kind.role)
-				have := func(want int, when string) {
-					accounts, keys := e.sim.ServiceAccounts(openaisim.DefaultProject), e.sim.ProjectKeys(openaisim.DefaultProject)
-					if len(accounts) != max(want, there) || len(keys) != want {
-						t.Errorf("%s: got %d accounts and %d keys, want %d and %d", when, len(accounts), len(keys), max(want, there), want)
-					}
-				}
-				s := newSteps(e)
-				resp, err, reached := s.run(e, fault, at, logical.ReadOperation, "creds/r")
-				if fault.cancel && err == nil && reached {
-					t.Error("a credential was handed out though nobody waited for it any more")
-				}
-				e.tick() // entries are too young
-				want := 0
-				if err == nil {
-					want = 1
-				}
-				e.ticks(4 * time.Minute)
-				if err != nil && fault.all && len(e.sim.ProjectKeys(openaisim.DefaultProject)) == 1 {
-					// All ended when the last entry was there and Vault had no answer yet, which
-					// looks as if Vault had ended right after it.
-					have(1, "before the lease's end")
-					if lost[fault.name]++; len(e.keys(framework.WALPrefix)) != 1 {
-						t.Error("nothing remembers a credential that was lost on its way to Vault")
-					}
-					e.ticks(time.Hour)
-				}
-				have(want, "after rollback")
-				if err == nil {
-					if kind.account != "none" && !e.sim.Use(resp.Data["api_key"].(string)) {
-						t.Error("the key that was handed out is not accepted")
-					}
-					e.revoke(resp.Secret)
-					have(0, "after revocation")
-				}
-				e.ticks(time.Hour)
-				e.nothingPending()
-				if got := e.keys(framework.WALPrefix); len(got) != 0 {
-					t.Errorf("write-ahead-log entries an hour later: got %d, want none", len(got))
-				}
-				return reached
-			})
-			for fault, n := range lost {
-				if n > 1 {
-					t.Errorf("%s: steps that lose a credential on its way: got %d, want only the last", fault, n)
-				}
-			}
-		})
+// same compares two values as text.
+func same(t testing.TB, what string, got, want any) {
+	t.Helper()
+	if got, want := fmt.Sprint(got), fmt.Sprint(want); got != want {
+		t.Errorf("%s:\n got %s\nwant %s", what, got, want)
 	}
 }
 
-// TestIssued is about a process, or all of Vault, that ends right after a credential was
-// handed out: whether Vault has its lease is not known, and both must end well.
-func TestIssued(t *testing.T) {
-	for name, crash := range map[string]func(e *env){
-		"crash": (*env).crash,
-		"entry not deleted": func(e *env) {
-			e.storage.setFault(func(verb, key string) error {
-				if verb == "delete" {
-					return errors.New("storage fault")
-				}
-				return nil
-			})
-			time.Sleep((settleTries + 2) * settleTime)
-			e.storage.setFault(nil)
-		},
-	} {
-		for _, account := range []bool{false, true} {
-			t.Run(fmt.Sprint(name, account), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e := newConfiguredEnv(t)
-					there := 0
-					if account {
-						there = 1
-						e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
-					}
-					renewed, expired, lost := e.creds("web"), e.creds("web"), e.creds("web")
-					crash(e)
-					e.sim.ResetCalls()
-					e.ticks(59 * time.Minute)
-					if calls := e.sim.Calls(); len(calls) != 0 {
-						t.Errorf("calls to OpenAI while the leases may be in use: got %v, want none", calls)
-					}
-					if got := e.keys(framework.WALPrefix); len(got) != 3 {
-						t.Errorf("write-ahead-log entries: got %d, want 3", len(got))
-					}
-					e.storage.setFault(func(verb, key string) error {
-						if verb == "put" {
-							return errors.New("storage fault")
-						}
-						return nil
-					})
-					if err := failure(e.lease(logical.RenewOperation, renewed.Secret)); err == nil {
-						t.Error("renewal whose entry stays: got success, want an error")
-					}
-					e.storage.setFault(nil)
-					resp, err := e.lease(logical.RenewOperation, renewed.Secret)
-					if failure(resp, err) != nil {
-						t.Fatal(err)
-					}
-					renewed.Secret.InternalData = resp.Secret.InternalData
-					time.Sleep(10 * time.Minute)
-					e.revoke(expired.Secret)
-					e.ticks(30 * time.Minute)
-					if got := e.sim.ProjectKeys(openaisim.DefaultProject); len(got) != 1 || got[0].ID != renewed.Data["api_key_id"] {
-						t.Errorf("keys after the leases' end: got %d, want the renewed one only", len(got))
-					}
-					if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != 1 {
-						t.Errorf("accounts: got %d, want 1", got)
-					}
-					if !e.sim.Use(renewed.Data["api_key"].(string)) {
-						t.Error("the renewed key is not accepted")
-					}
-					if e.sim.Use(lost.Data["api_key"].(string)) {
-						t.Error("the key without a lease is accepted")
-					}
-					// The longest life that a lease can have now is more than it was at the renewal.
-					e.ok(logical.UpdateOperation, "roles/web", map[string]any{"max_ttl": "48h"})
-					for range 27 {
-						e.renew(renewed.Secret)
-						e.ticks(55 * time.Minute)
-					}
-					if !e.sim.Use(renewed.Data["api_key"].(string)) {
-						t.Error("the key that was renewed past the longest life of before is not accepted")
-					}
-					e.revoke(renewed.Secret)
-					e.ticks(48 * time.Hour)
-					if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != there {
-						t.Errorf("accounts in the end: got %d, want %d", got, there)
-					}
-					if got := append(e.keys(framework.WALPrefix), e.keys(cleanupPrefix)...); len(got) != 0 {
-						t.Errorf("write-ahead-log and clean-up entries: got %d, want none", len(got))
-					}
-					if got := e.logged("ERROR", ""); got != 0 {
-						t.Errorf("errors in the log: got %d, want none", got)
-					}
-				})
-			})
-		}
-	}
-}
-
-// TestIssuedSettles: a process that lives on deletes the entry of what it handed out.
-func TestIssuedSettles(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		resp := e.creds("web")
-		time.Sleep(settleTime)
-		if got := e.keys(framework.WALPrefix); len(got) != 1 {
-			t.Errorf("write-ahead-log entries before: got %d, want 1", len(got))
-		}
-		time.Sleep(2 * time.Second)
-		if got := e.keys(framework.WALPrefix); len(got) != 0 {
-			t.Errorf("write-ahead-log entries after: got %d, want none", len(got))
-		}
-		again, err := e.lease(logical.RenewOperation, resp.Secret)
-		if failure(again, err) != nil {
-			t.Fatal(err)
-		}
-		again.Secret.IssueTime = resp.Secret.IssueTime
-		count := e.storageCalls()
-		e.renew(again.Secret)
-		if want := map[string]int{"get": 2}; !maps.Equal(count, want) { // the role, and the entry that is not there
-			t.Errorf("storage operations of a second renewal: got %v, want %v", count, want)
-		}
-		e.accounts(1)
-	})
-	// Storage that is slow, but not too slow for each of several entries.
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.storage.Storage = &hooks{Storage: e.storage.Storage, beforeDelete: func(ctx context.Context, _ string) error {
-			time.Sleep(settleTimeout - time.Second)
-			return ctx.Err()
-		}}
-		for range 7 { // 1, 2, 4
-			e.creds("web")
-		}
-		time.Sleep(2 * time.Minute)
-		if got := e.keys(framework.WALPrefix); len(got) != 0 {
-			t.Errorf("write-ahead-log entries after slow deletions: got %d, want none", len(got))
-		}
-	})
-	// Storage that fails for a while.
-	for _, at := range []time.Duration{0, 8 * time.Second} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			for range 7 {
-				e.creds("web")
-			}
-			time.Sleep(at)
-			e.storage.setFault(func(verb, key string) error { return errors.New("storage fault") })
-			time.Sleep(20 * time.Second)
-			e.storage.setFault(nil)
-			e.ticks(2 * time.Minute)
-			if got := e.keys(framework.WALPrefix); len(got) != 0 {
-				t.Errorf("write-ahead-log entries after a fault at %v: got %d, want none", at, len(got))
-			}
-			e.b.underWay.Range(func(any, any) bool {
-				t.Error("a reservation that was settled is under way")
-				return false
-			})
-			e.accounts(7)
-		})
-	}
-}
-
-// TestIssuedOutlivesRole: a lease that was issued just before a crash keeps its key to its end,
-// also when its role has become shorter and renewals fail.
-func TestIssuedOutlivesRole(t *testing.T) {
-	for _, change := range []struct {
-		maxTTL string
-		status int // of moving the key's end
-	}{{"1h", 0}, {"8h", http.StatusInternalServerError}} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "12h", "max_ttl": "24h"})
-			resp := e.creds("web")
-			e.crash()
-			e.ticks(6 * time.Hour)
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "1h", "max_ttl": change.maxTTL})
-			if change.status != 0 {
-				e.always(http.MethodPost, "/api_keys/", change.status)
-			}
-			if err := failure(e.lease(logical.RenewOperation, resp.Secret)); err == nil {
-				t.Errorf("renewal after max_ttl became %s: got success, want an error", change.maxTTL)
-			}
-			e.ticks(4 * time.Hour)
-			if !e.sim.Use(resp.Data["api_key"].(string)) {
-				t.Errorf("two hours before its lease's end, after max_ttl became %s, the key is not accepted", change.maxTTL)
-			}
-			e.ticks(3 * time.Hour)
-			e.accounts(0)
-		})
-	}
-}
-
-// TestUndoneAfterIssue: a request that ends when all was done leaves nothing, not even where
-// its deletion fails and the process ends.
-func TestUndoneAfterIssue(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		ctx, cancel := context.WithCancel(t.Context())
-		defer cancel()
-		puts := 0
-		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterPut: func(string) {
-			if puts++; puts == 2 {
-				cancel()
-			}
-		}}
-		e.always(http.MethodDelete, "", http.StatusInternalServerError)
-		resp, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
-		if err := failure(resp, err); !errors.Is(err, context.Canceled) {
-			t.Errorf("creds: got error %v, want that the request was cancelled", err)
-		}
-		e.accounts(1)
-		e.crash()
-		e.sim.ClearFaults()
-		e.ticks(4 * time.Minute)
-		e.accounts(0)
-	})
-}
-
-// TestLostIsNotSpared, nor left to rollback for nothing, where the entry of what was issued
-// can't be deleted.
-func TestLostIsNotSpared(t *testing.T) {
-	for _, hangs := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.sim.SetLatency(50 * time.Millisecond)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			puts := 0
-			storage := hooks{Storage: e.storage.Storage, afterPut: func(key string) {
-				if puts++; puts != 2 {
-					return
-				}
-				cancel()
-				e.storage.Storage.(*hooks).beforeDelete = func(ctx context.Context, deleted string) error {
-					if deleted != key {
-						return nil
-					}
-					if hangs {
-						<-ctx.Done()
-					}
-					return errors.New("storage fault")
-				}
-			}}
-			e.storage.Storage = &storage
-			if !hangs {
-				e.always(http.MethodDelete, "", http.StatusInternalServerError)
-			}
-			resp, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
-			if err := failure(resp, err); !errors.Is(err, context.Canceled) {
-				t.Errorf("creds: got error %v, want that the request was cancelled", err)
-			}
-			if hangs {
-				e.accounts(0)
-			} else {
-				e.accounts(1)
-			}
-			e.sim.ClearFaults()
-			e.ticks(10 * time.Minute)
-			e.accounts(0)
-		})
-	}
-}
-
-// TestRollbackUnderWay: what is under way is not rolled back, whatever the clock says.
-func TestRollbackUnderWay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		age := func() {
-			for _, id := range e.keys(framework.WALPrefix) {
-				entry, err := framework.GetWAL(t.Context(), e.storage.Storage, id)
-				if err != nil {
-					t.Fatal(err)
-				}
-				entry.CreatedAt -= int64((2 * walMinAge).Seconds())
-				if err := putJSON(t.Context(), e.storage.Storage, framework.WALPrefix+id, entry); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
-			resp, err := e.wire.RoundTrip(req)
-			if req.Method == http.MethodPost {
-				age()
-				e.tick()
-			}
-			return resp, err
-		}))
-		resp := e.creds("web")
-		time.Sleep(time.Second / 2) // not when the plugin deletes: age would put the entry back
-		for range 30 {
-			age()
-			e.tick()
-			time.Sleep(time.Second)
-		}
-		if !e.sim.Use(resp.Data["api_key"].(string)) {
-			t.Error("a credential was handed out that rollback had deleted")
-		}
-		if got := e.logged("ERROR", ""); got != 0 {
-			t.Errorf("errors in the log: got %d, want none", got)
-		}
-		for what, got := range e.metric("rollbacks_total").(map[string]float64) {
-			if got != 0 {
-				t.Errorf("rollbacks: got %v of %s, want none", got, what)
-			}
-		}
-	})
-	// The entry is deleted late, and storage is so slow that a rollback which began before
-	// would not find what spares the credentials.
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		var have []*logical.Response
-		for range 7 { // 1, 2, 4
-			have = append(have, e.creds("web"))
-		}
-		var last string // the entry of four names
-		for _, id := range e.keys(framework.WALPrefix) {
-			entry, err := framework.GetWAL(t.Context(), e.storage.Storage, id)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var p pendingCredentials
-			if err := decode(entry.Data, &p); err == nil && len(p.Names) == 4 {
-				last = id
-			}
-		}
-		e.storage.setFault(func(verb, key string) error {
-			if verb == "delete" && key == framework.WALPrefix+last {
-				return errors.New("storage fault")
-			}
-			return nil
-		})
-		time.Sleep(8 * time.Second)
-		e.storage.setFault(nil) // before the second try
-		entry, err := framework.GetWAL(t.Context(), e.storage.Storage, last)
-		if err != nil || entry == nil {
-			t.Fatalf("entry: got %v, %v", entry, err)
-		}
-		entry.CreatedAt -= int64((2 * walMinAge).Seconds())
-		if err := putJSON(t.Context(), e.storage.Storage, framework.WALPrefix+last, entry); err != nil {
-			t.Fatal(err)
-		}
-		e.storage.Storage = &hooks{Storage: e.storage.Storage, afterGet: func(key string) {
-			if key != framework.WALPrefix+last {
-				time.Sleep(5 * time.Second)
-			}
-		}}
-		e.tick()
-		time.Sleep(time.Minute)
-		for _, resp := range have {
-			if !e.sim.Use(resp.Data["api_key"].(string)) {
-				t.Error("a rollback has deleted what was handed out")
-			}
-		}
-		if got := e.keys(framework.WALPrefix); len(got) != 0 {
-			t.Errorf("write-ahead-log entries: got %d, want none", len(got))
-		}
-	})
-}
-
-// TestPassiveNode: what is to be undone or cleaned up is left to the active node.
-func TestPassiveNode(t *testing.T) {
-	for _, state := range []consts.ReplicationState{consts.ReplicationPerformanceStandby, consts.ReplicationDRSecondary} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.lostAnswer()
-			secret := e.creds("web").Secret
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusInternalServerError, Times: 4})
-			if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
-				t.Error("revocation: got success, want an error")
-			}
-			time.Sleep(time.Minute)
-			e.sim.ResetCalls()
-			e.system.ReplicationStateVal = state
-			e.ticks(10 * time.Minute)
-			if calls := e.sim.Calls(); len(calls) != 0 || e.logged("ERROR", "rollback") != 0 {
-				t.Errorf("calls to OpenAI: got %v, want none", calls)
-			}
-			e.accounts(2)
-			e.system.ReplicationStateVal = 0
-			e.ticks(2 * time.Minute)
-			e.accounts(0)
-		})
-	}
-}
-
-// TestRevokedAtOnce: Vault revokes once, and right away, what it can't store the lease of. The
-// process may end meanwhile, or storage fail.
-func TestRevokedAtOnce(t *testing.T) {
-	for _, crash := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			secret := e.creds("web").Secret
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Kind: "hang", Times: -1})
-			var group sync.WaitGroup
-			group.Go(func() {
-				if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
-					t.Error("revocation: got success, want an error")
-				}
-			})
-			time.Sleep(30 * time.Second) // enough for the reservation to settle
-			synctest.Wait()
-			if crash {
-				e.crash()
-			} else {
-				e.storage.setFault(func(string, string) error { return errors.New("storage fault") })
-			}
-			time.Sleep(2 * time.Minute)
-			group.Wait()
-			e.storage.setFault(nil)
-			e.sim.ClearFaults()
-			e.ticks(62 * time.Minute)
-			e.accounts(0)
-			if got := e.keys(framework.WALPrefix); len(got) != 0 {
-				t.Errorf("write-ahead-log entries: got %d, want none", len(got))
-			}
-		})
-	}
-	// Entries that were kept for a revocation under way are gone when it has ended.
-	for _, kind := range []string{"slow", "hang"} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			secret := e.creds("web").Secret
-			if kind == "slow" {
-				e.sim.SetLatency(25 * time.Second)
-			} else {
-				e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Kind: kind, Times: -1})
-			}
-			if err := failure(e.lease(logical.RevokeOperation, secret)); (err == nil) != (kind == "slow") {
-				t.Errorf("%s revocation: got %v", kind, err)
-			}
-			if got := e.keys(framework.WALPrefix); len(got) != 0 {
-				t.Errorf("write-ahead-log entries after a %s revocation: got %d, want none", kind, len(got))
-			}
-		})
-	}
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		for _, wait := range []time.Duration{0, time.Minute} {
-			secret := e.creds("web").Secret
-			time.Sleep(wait)
-			e.storage.setFault(func(verb, key string) error {
-				if strings.HasPrefix(key, cleanupPrefix) {
-					return errors.New("storage fault")
-				}
-				return nil
-			})
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusInternalServerError, Times: 4})
-			if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
-				t.Error("revocation: got success, want an error")
-			}
-			e.storage.setFault(nil)
-			e.revoke(secret)
-			time.Sleep(time.Minute)
-		}
-		e.b.unsettled.Range(func(name, _ any) bool {
-			t.Errorf("%v, which is revoked, is still remembered in memory", name)
-			return false
-		})
-		e.accounts(0)
-	})
-}
-
-// TestReadsDoNotWait for the storage operations of others: neither for the answer, when all
-// is done, nor at all, when their names are not shared; and those that have to wait do it
-// together. A mutex is waited for, so this is in real time.
-func TestReadsDoNotWait(t *testing.T) {
-	const patience = 10 * time.Second
-	read := func(e *env) chan error {
-		done := make(chan error, 1)
-		go func() { done <- failure(e.do(logical.ReadOperation, "creds/web", nil)) }()
-		return done
-	}
-	finish := func(t *testing.T, what string, done chan error) {
-		t.Helper()
-		select {
-		case err := <-done:
-			if err != nil {
-				t.Errorf("%s: %v", what, err)
-			}
-		case <-time.After(patience):
-			t.Errorf("%s: not answered within %v", what, patience)
-		}
-	}
-	// blockPut makes the nth put from now on wait until it is let go.
-	blockPut := func(e *env, nth int32) (reached, letGo chan struct{}, puts *atomic.Int32) {
-		reached, letGo, puts = make(chan struct{}), make(chan struct{}), &atomic.Int32{}
-		e.storage.Storage = &hooks{Storage: e.storage.Storage, beforePut: func(string) {
-			if puts.Add(1) == nth {
-				close(reached)
-				<-letGo
-			}
-		}}
-		return reached, letGo, puts
-	}
-
-	t.Run("with the answer", func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		reached, letGo, _ := blockPut(e, 2)
-		atOpenAI, answer := make(chan struct{}), make(chan struct{})
-		var once sync.Once
-		e.restartOn(nil, roundTrip(func(req *http.Request) (*http.Response, error) {
-			once.Do(func() { close(atOpenAI); <-answer })
-			return e.wire.RoundTrip(req)
-		}))
-		first := read(e)
-		<-atOpenAI
-		second := read(e)
-		<-reached
-		close(answer)
-		finish(t, "a read while the next one's entry is stored", first)
-		close(letGo)
-		finish(t, "the next read", second)
-	})
-
-	t.Run("names of their own", func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_name_template": "{{.DisplayName}}-{{.RandomSuffix}}"})
-		reached, letGo, _ := blockPut(e, 1)
-		first := read(e)
-		<-reached
-		finish(t, "a read while another's entry is stored", read(e))
-		close(letGo)
-		finish(t, "the other read", first)
-	})
-
-	t.Run("a burst", func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		reached, letGo, puts := blockPut(e, 1)
-		reads := []chan error{read(e)}
-		<-reached
-		for range 9 {
-			reads = append(reads, read(e))
-		}
-		r, err := e.b.cachedRole(t.Context(), e.storage, "web")
-		if err != nil {
-			t.Fatal(err)
-		}
-		for end := time.Now().Add(patience); r.waiting.Load() < 10 && time.Now().Before(end); {
-			time.Sleep(time.Millisecond)
-		}
-		close(letGo)
-		for _, done := range reads {
-			finish(t, "a read of a burst", done)
-		}
-		if got := puts.Load(); got != 12 {
-			t.Errorf("puts of ten reads at once: got %d, want one for the first, one for the others and ten for what was issued", got)
-		}
-	})
-}
-
-// TestReservations: reads that follow each other closely share entries of the write-ahead log,
-// of as many names as they need; single reads have their own.
-func TestReservations(t *testing.T) {
-	reserved := func(e *env) (names []int) { // of each entry
-		for _, id := range e.keys(framework.WALPrefix) {
-			entry, err := framework.GetWAL(context.Background(), e.storage.Storage, id)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var p pendingCredentials
-			if err := decode(entry.Data, &p); entry.Kind == walCredential && err == nil {
-				names = append(names, len(p.Names))
-			}
-		}
-		slices.Sort(names)
-		return names
-	}
-	expect := func(t *testing.T, when string, got, want []int) {
-		t.Helper()
-		if !slices.Equal(got, want) {
-			t.Errorf("names of the entries %s: got %v, want %v", when, got, want)
-		}
-	}
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		count := e.storageCalls()
-		for range 100 {
-			e.creds("web")
-		}
-		if count["put"] != 100+8 { // 1, 2, 4, 8, 16, 32, 32, 32
-			t.Errorf("puts for 100 credentials: got %d, want 108", count["put"])
-		}
-		expect(t, "at once", reserved(e), []int{1, 2, 4, 8, 16, 32, 32, 32})
-		time.Sleep(3 * time.Second)
-		expect(t, "when all but the last are used up", reserved(e), []int{32})
-		time.Sleep(4 * time.Second)
-		expect(t, "when nobody came", reserved(e), nil)
-		e.creds("web")
-		expect(t, "of twice as many as were taken", reserved(e), []int{10}) // 5 of the last 32
-		time.Sleep(roleCacheTime)
-		e.creds("web")
-		expect(t, "of a single read", reserved(e), []int{1})
-		e.accounts(102)
-	})
-	for _, template := range []string{"{{.DisplayName}}-{{.RandomSuffix}}", "{{unix_time}}-{{.RandomSuffix}}", "{{timestamp \"2006\"}}-{{.RandomSuffix}}", "{{.}}-{{.RandomSuffix}}", "{{with $}}{{.}}{{end}}-{{.RandomSuffix}}"} {
-		synctest.Test(t, func(t *testing.T) {
-			e := newConfiguredEnv(t)
-			e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_name_template": template})
-			for _, who := range []string{"alice", "bob", "carol"} {
-				e.who = who
-				if got := e.creds("web").Data["service_account"].(string); strings.Contains(template, "Display") && !strings.HasPrefix(got, who) {
-					t.Errorf("name for %s: got %s", who, got)
-				}
-			}
-			expect(t, "of "+template, reserved(e), []int{1, 1, 1})
-		})
-	}
-	// Names belong to the role as it was.
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.sim.AddProject("proj_other", "other")
-		e.creds("web")
-		e.creds("web")
-		e.ok(logical.UpdateOperation, "roles/web", map[string]any{"project_id": "proj_other"})
-		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Path: "service_accounts$", Process: true})
-		if err := failure(e.do(logical.ReadOperation, "creds/web", nil)); err == nil {
-			t.Error("creds: got success, want an error")
-		}
-		e.crash()
-		e.ticks(4 * time.Minute)
-		if got := e.sim.ServiceAccounts("proj_other"); len(got) != 0 {
-			t.Errorf("accounts in the other project: got %v, want none", got)
-		}
-		e.accounts(2)
-	})
-}
-
-// TestSharedReservation: of credentials that share an entry, one was issued, one was issued and
-// renewed, one was lost at OpenAI or still is under way, and one was never made. Whenever the
-// process ends, and whatever storage then does not take, the issued ones stay and the lost one goes.
-func TestSharedReservation(t *testing.T) {
-	all := func(verb, key string) error { return errors.New("storage fault") }
-	for name, fault := range map[string]func(verb, key string) error{
-		"none": nil,
-		"put":  func(verb, _ string) error { return map[string]error{"put": errors.New("storage fault")}[verb] },
-		"delete": func(verb, _ string) error {
-			return map[string]error{"delete": errors.New("storage fault")}[verb]
-		},
-		"all": all,
-	} {
-		for _, kind := range []string{"close", "hang"} {
-			for _, account := range []bool{false, true} {
-				for _, after := range []int{0, 1, 2, 4, 5, 6, 7, 11, 12, 13, 16, 17, 24, 25, 26, 27, 35, 36, 37, 45} { // seconds
-					synctest.Test(t, func(t *testing.T) {
-						e := newConfiguredEnv(t)
-						there := 0
-						if account {
-							there = 1
-							e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
-						}
-						e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "10m", "max_ttl": "30m"})
-						var have []*logical.Response
-						for range 5 { // 1, 2, 2 of 4
-							have = append(have, e.creds("web"))
-						}
-						issued, renewed := have[3], have[4]
-						e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Kind: kind, Process: true})
-						var group sync.WaitGroup
-						group.Go(func() {
-							if err := failure(e.do(logical.ReadOperation, "creds/web", nil)); err == nil {
-								t.Error("creds: got success, want an error")
-							}
-						})
-						synctest.Wait()
-						e.storage.setFault(fault)
-						time.Sleep(time.Duration(after) * time.Second)
-						e.storage.setFault(nil)
-						resp, err := e.lease(logical.RenewOperation, renewed.Secret)
-						if failure(resp, err) != nil {
-							t.Fatal(err)
-						}
-						e.crash()
-						e.ticks(8 * time.Minute)
-						group.Wait()
-						if got := len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != 5 {
-							t.Errorf("keys after rollback: got %d, want the 5 that were issued", got)
-						}
-						if !e.sim.Use(issued.Data["api_key"].(string)) || !e.sim.Use(renewed.Data["api_key"].(string)) {
-							t.Error("a key that was issued is not accepted")
-						}
-						resp.Secret.IssueTime = renewed.Secret.IssueTime
-						e.renew(resp.Secret)
-						e.ticks(6 * time.Minute)
-						if !e.sim.Use(renewed.Data["api_key"].(string)) {
-							t.Error("the key that was renewed twice is not accepted")
-						}
-						for _, r := range have {
-							e.revoke(r.Secret)
-						}
-						e.ticks(30 * time.Minute)
-						e.nothingPending()
-						if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)) + len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != there {
-							t.Errorf("accounts and keys in the end: got %d, want %d", got, there)
-						}
-						if got := e.keys(framework.WALPrefix); len(got) != 0 {
-							t.Errorf("write-ahead-log entries in the end: got %d, want none", len(got))
-						}
-						if t.Failed() {
-							t.Logf("storage fault: %s, at OpenAI: %s, existing account: %v, ended after %d s", name, kind, account, after)
-						}
-					})
-					if t.Failed() {
-						return
-					}
-				}
-			}
-		}
-	}
-}
-
-// lostAnswer reads a credential whose creation at OpenAI is answered 500 after it was
-// carried out, and returns its name.
-func (e *env) lostAnswer() string {
+// unchanged runs request, after which storage must be as it was.
+func (e *env) unchanged(what any, request func()) {
 	e.t.Helper()
-	e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Path: "service_accounts$", Process: true})
-	if err := failure(e.do(logical.ReadOperation, "creds/web", nil)); err == nil {
-		e.t.Fatal("creds: got success, want an error")
-	}
-	accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
-	return accounts[len(accounts)-1].Name
+	before := e.Storage.All()
+	request()
+	same(e.t, fmt.Sprint("storage is as it was: ", what), maps.Equal(e.Storage.All(), before), true)
 }
 
-// TestRollbackPages: rollback finds the account on whatever page, and spares all those whose
-// names are only alike.
-func TestRollbackPages(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		for i := range 230 {
-			e.sim.AddServiceAccount(openaisim.DefaultProject, fmt.Sprint("other-", i), "member")
+// failStorage makes each storage access of this verb and key fail.
+func (e *env) failStorage(failVerb, failKey string) {
+	e.Storage.SetFault(func(verb, key string) error {
+		if verb == failVerb && strings.HasPrefix(key, failKey) {
+			return errors.New("storage fault")
 		}
-		name := e.lostAnswer()
-		for _, alike := range []string{name + "-2", name[:len(name)-1], "x" + name, strings.ToUpper(name), name + " "} {
-			e.sim.AddServiceAccount(openaisim.DefaultProject, alike, "member")
-		}
-		e.ticks(time.Minute)
-		if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)); got != 236 {
-			t.Errorf("accounts before the entry is old enough: got %d, want 236", got)
-		}
-		e.ticks(2 * time.Minute)
-		accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
-		if len(accounts) != 235 || slices.ContainsFunc(accounts, func(a openaisim.ServiceAccount) bool { return a.Name == name }) {
-			t.Errorf("accounts after rollback: got %d, want 235 without %q", len(accounts), name)
-		}
-		e.nothingPending()
-	})
-}
-
-// TestRollbackGivesUp a day after the key must have expired, and never where it does not.
-func TestRollbackGivesUp(t *testing.T) {
-	for _, expiring := range []bool{true, false} {
-		t.Run(fmt.Sprint(expiring), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"enforce_key_expiry": expiring, "ttl": "1h", "max_ttl": "2h"})
-				e.lostAnswer()
-				e.always(http.MethodGet, "service_accounts$", 403)
-				time.Sleep(26 * time.Hour)
-				e.sim.ResetCalls()
-				e.tick()
-				if got := len(e.keys(framework.WALPrefix)); got != 1 || e.countCalls(http.MethodGet, "service_accounts") == 0 {
-					t.Errorf("entries a day after the lease's end: got %d, want that it is still tried", got)
-				}
-				time.Sleep(10 * time.Minute)
-				e.tick()
-				if got := len(e.keys(framework.WALPrefix)) == 0; got != expiring {
-					t.Errorf("given up: got %v, want %v", got, expiring)
-				}
-				if got := e.logged("ERROR", "gave up") == 1; got != expiring {
-					t.Errorf("told that it was given up: got %v, want %v", got, expiring)
-				}
-				if got := e.metric("rollbacks_total").(map[string]float64)[`kind="credential",result="success"`]; got != 0 {
-					t.Errorf("successful rollbacks: got %v, want 0", got)
-				}
-				if got := e.logged("ERROR", "rollback failed"); got == 0 {
-					t.Error("failing rollbacks are not logged")
-				}
-				time.Sleep(100 * 24 * time.Hour)
-				e.sim.ClearFaults()
-				e.tick()
-				if got := len(e.sim.ServiceAccounts(openaisim.DefaultProject)) == 0; got == expiring {
-					t.Errorf("deleted in the end: got %v, want %v", got, !expiring)
-				}
-			})
-		})
-	}
-}
-
-// storageCalls counts the operations on storage from now on, by verb.
-func (e *env) storageCalls() map[string]int {
-	count := map[string]int{}
-	e.storage.setFault(func(verb, key string) error {
-		count[verb]++
 		return nil
 	})
-	return count
 }
 
-// TestStorageCost: a credential costs one entry, unless another has just reserved its name a
-// second, and their deletion; its end costs nothing.
-func TestStorageCost(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.creds("web")
-		time.Sleep(roleCacheTime / 2)
-		for i, want := range []map[string]int{{"put": 2}, {"put": 1}} {
-			count := e.storageCalls()
-			resp := e.creds("web")
-			if !maps.Equal(count, want) {
-				t.Errorf("storage operations of credential %d: got %v, want %v", i, count, want)
-			}
-			count = e.storageCalls()
-			e.revoke(resp.Secret)
-			if len(count) != 0 {
-				t.Errorf("storage operations of a revocation: got %v, want none", count)
+// warned checks that an answer has n warnings, and each text in one of them.
+func (e *env) warned(what any, resp *logical.Response, n int, want ...string) {
+	e.t.Helper()
+	var got []string
+	if resp != nil {
+		got = resp.Warnings
+	}
+	text := strings.Join(got, "\n")
+	if len(got) != n || slices.ContainsFunc(want, func(s string) bool { return !strings.Contains(text, s) }) {
+		e.t.Errorf("%v: got warnings %q, want %d with %q in them", what, got, n, want)
+	}
+	e.noSecrets("a warning", text)
+}
+
+// TestMountID: the tag of a mount follows from its UUID alone, in each process and each version.
+func TestMountID(t *testing.T) {
+	same(t, "tag of no UUID", mountID(""), "")
+	same(t, "a tag", mountID("6ba7b810-9dad-11d1-80b4-00c04fd430c8"), "4wcv75")
+}
+
+// TestEndOf: the end is the first whole minute by which request, lease and key are over.
+func TestEndOf(t *testing.T) {
+	day := time.Date(2026, 11, 26, 0, 0, 0, 0, time.UTC)
+	for _, tt := range []struct{ start, maxTTL, want time.Duration }{
+		{0, time.Hour, 63 * time.Minute}, // 75 s for the request, 60 s for the key
+		{45 * time.Second, time.Hour, 63 * time.Minute},
+		{45*time.Second + 1, time.Hour, 64 * time.Minute},
+		{0, maxKeyLife, maxKeyLife + 3*time.Minute},
+	} {
+		same(t, fmt.Sprint("end after ", tt.start, tt.maxTTL), endOf(day.Add(tt.start), tt.maxTTL).UTC(), day.Add(tt.want))
+	}
+}
+
+// TestSuffix: what newSuffix writes, parseName reads, and no two suffixes are the same.
+func TestSuffix(t *testing.T) {
+	seen := map[string]bool{}
+	for _, end := range []int64{60, 946684800, 1795677180, 60 * (36*36*36*36*36 - 1)} { // the last is in 2084
+		for range 250 {
+			suffix := newSuffix("abc234", time.Unix(end, 0))
+			same(t, suffix, fmt.Sprint(len(suffix), seen[suffix]), "19 false")
+			seen[suffix] = true
+			for _, prefix := range []string{"", "web", "sk_ü", "a-bcdefg0000000000000"} {
+				tag, got, ok := parseName(prefix + "-" + suffix)
+				same(t, prefix+"-"+suffix, fmt.Sprint(tag, got.Unix(), ok), fmt.Sprint("abc234", end, true))
 			}
 		}
-		count := e.storageCalls()
-		time.Sleep(2 * settleTime)
-		synctest.Wait()
-		if want := map[string]int{"delete": 4}; !maps.Equal(count, want) { // an entry of two names; three were issued
-			t.Errorf("storage operations afterwards: got %v, want %v", count, want)
+	}
+}
+
+// TestParseName: nothing is taken for a name of this plugin that only looks like one.
+func TestParseName(t *testing.T) {
+	const valid = "web-abc234gzzzz234567ab"
+	_, _, ok := parseName(valid)
+	same(t, valid+" parses", ok, true)
+	for _, name := range []string{
+		"", "-", "web", valid[4:], "web_" + valid[4:], "web" + valid[4:], "web." + valid[4:], // no hyphen before
+		"web-" + valid[5:], "web-a" + valid[4:], valid + "a", valid + "-", valid + "\n", valid + " ", valid[:22], // length
+		strings.ToUpper(valid), "web-ABC234gzzzz234567ab", "web-abc234GZZZZ234567ab", "web-abc234gzzzz234567aB",
+		"web-abc214gzzzz234567ab", "web-abc284gzzzz234567ab", "web-abc234gzzzz234567a0", "web-abc234gzzzz234567a9", // base 32
+		"web-abc-34gzzzz234567ab", "web-abc234gzz_z234567ab", "web-abc234gzzzz234567\u00e4", "web-abc234gzzzz234567\x00b",
+	} {
+		if tag, end, ok := parseName(name); ok || tag != "" || !end.IsZero() {
+			t.Errorf("%q: got %q, %s, %v, want that it does not parse", name, tag, end, ok)
+		}
+	}
+}
+
+// FuzzParseName: only the last 20 bytes of a name count, and they are what newSuffix writes.
+func FuzzParseName(f *testing.F) {
+	for _, name := range []string{"", "web-abc234gzzzz234567ab", "-abc234gzzzz234567ab", "a-abc234gzzzz234567ab-fixed",
+		"web-abc234gzzzz234567ab\n", "ü-abc234-0000234567ab", "a-abc234zzzzzzzzzzzzz", "\xff-aaaaaa00000aaaaaaaa"} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		tag, end, ok := parseName(name)
+		last := name[max(0, len(name)-20):]
+		otherTag, otherEnd, otherOK := parseName("web-abc234gzzzz234567ab" + last)
+		if len(last) == 20 && (otherTag != tag || !otherEnd.Equal(end) || otherOK != ok) {
+			t.Errorf("%q and its last 20 bytes differ", name)
+		}
+		if suffix := newSuffix(tag, end); ok && last[:12] != "-"+suffix[:11] || !ok && (tag != "" || !end.IsZero()) {
+			t.Errorf("%q: got %q, %s, %v, of which newSuffix makes %q", name, tag, end, ok, suffix)
 		}
 	})
 }
 
-// TestRevokeShortFault: three failures in a row are over within the call.
-func TestRevokeShortFault(t *testing.T) {
-	for _, fault := range []openaisim.Fault{
-		{Status: 500}, {Status: 503, Header: http.Header{"Retry-After": {"5"}}}, {Status: 429, Header: http.Header{"Retry-After": {"5"}}},
-		{Kind: "close"}, {Kind: "refuse"}, {Kind: "close", Process: true},
-	} {
-		t.Run(fmt.Sprint(fault.Status, fault.Kind), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				resp := e.creds("web")
-				fault.Method, fault.Times = http.MethodDelete, 3
-				e.sim.Inject(fault)
-				start := time.Now()
-				e.revoke(resp.Secret)
-				if took := time.Since(start); took > 20*time.Second {
-					t.Errorf("revocation: took %v, want at most 20s", took)
+// checkFields checks that each field is described, and that secrets and only they are marked.
+func checkFields(t *testing.T, where string, fields fieldMap) {
+	t.Helper()
+	for name, field := range fields {
+		marked := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive
+		if field.Description == "" || marked != (name == "admin_api_key" || name == "api_key") {
+			t.Errorf("%s, field %s: described as %q, marked as a secret: %v", where, name, field.Description, marked)
+		}
+	}
+}
+
+// TestPathTable walks over the paths: what Vault's help and OpenAPI document need is there. What writes is forwarded to
+// where storage can be written, and what is about a cluster's own leases to its active node.
+func TestPathTable(t *testing.T) {
+	b := newBackend(nil, "")
+	same(t, "help of the engine is missing", b.Help == "", false)
+	var got []string
+	for _, path := range b.Paths {
+		if path.HelpSynopsis == "" || path.HelpDescription == "" || path.DisplayAttrs.OperationPrefix != "openai" {
+			t.Errorf("%s: lacks a help or an operation prefix", path.Pattern)
+		}
+		_, creates := path.Operations[logical.CreateOperation]
+		same(t, path.Pattern+": existence check", path.ExistenceCheck != nil, creates)
+		checkFields(t, path.Pattern, path.Fields)
+		for op, handler := range path.Operations {
+			where, p := path.Pattern+" "+string(op), handler.Properties()
+			got = append(got, strings.Replace(where, framework.GenericNameRegex("name"), "NAME", 1))
+			if handler.Handler() == nil || p.Summary == "" || p.DisplayAttrs.OperationVerb == "" || len(p.Responses) != 1 {
+				t.Errorf("%s: lacks a callback, a summary, a verb or a response", where)
+			}
+			for status, responses := range p.Responses {
+				checkFields(t, where, responses[0].Fields)
+				if responses[0].Description == "" || (status == http.StatusOK) != (len(responses[0].Fields) > 0) {
+					t.Errorf("%s: response %d is %+v", where, status, responses[0])
 				}
-				e.accounts(0)
-				e.nothingPending()
-			})
+			}
+			own := strings.HasPrefix(where, "creds/") || path.Pattern == "tidy"
+			writes := !own && op != logical.ReadOperation && op != logical.ListOperation
+			same(t, where+": forwarded by standby and secondary",
+				fmt.Sprint(p.ForwardPerformanceStandby, p.ForwardPerformanceSecondary), fmt.Sprint(writes || own, writes))
+		}
+	}
+	checkFields(t, secretType, b.Secrets[0].Fields)
+	slices.Sort(got)
+	same(t, "operations", strings.Join(got, ", "), "config create, config delete, config read, config update, "+
+		"config/rotate update, creds/NAME read, metrics read, roles/?$ list, roles/NAME create, roles/NAME delete, "+
+		"roles/NAME read, roles/NAME update, tidy read, tidy update")
+}
+
+// requests are operation and path, like "read config", and what the request names.
+type requests []struct {
+	request string
+	data    fields
+}
+
+// request makes a request that is written so.
+func (e *env) request(text string, data fields) (*logical.Response, error) {
+	op, path, _ := strings.Cut(text, " ")
+	return e.Do(logical.Operation(op), path, data)
+}
+
+// TestAnswers checks real answers against the schema that Vault's OpenAPI document shows.
+func TestAnswers(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.sim.Inject(openaisim.Fault{Method: "DELETE", Path: "admin_api_keys", Status: 403, Times: -1})
+	for _, tt := range (requests{
+		{"list roles", nil}, {"read config", nil}, {"update config", fields{"rotation_period": "30d"}},
+		{"update config/rotate", nil}, {"read config", nil},
+		{"create roles/scoped", fields{"project_id": "proj_sim", "scopes": "api.all.read", "max_ttl": "300d"}},
+		{"list roles", nil}, {"read roles/web", nil}, {"read roles/scoped", nil}, {"read creds/web", nil},
+		{"read creds/scoped", nil}, {"read tidy", nil}, {"update tidy", fields{"project_ids": "proj_sim,proj_nowhere"}},
+		{"read tidy", nil}, {"read metrics", nil}, {"read metrics", fields{"format": "prometheus"}},
+		{"delete roles/scoped", nil}, {"delete config", nil}, {"read metrics", nil},
+	}) {
+		t.Run(tt.request, func(t *testing.T) {
+			resp, err := e.request(tt.request, tt.data)
+			same(t, "error", failure(resp, err), nil)
+			op, path, _ := strings.Cut(tt.request, " ")
+			schema.ValidateResponse(t, schema.GetResponseSchema(t, e.b().Route(path), logical.Operation(op)), resp, true)
 		})
 	}
 }
 
-// TestRevokeHandedOver: a revocation that keeps failing is remembered, and after its fifth
-// failure it is the plugin's alone, which tries until OpenAI confirms.
-func TestRevokeHandedOver(t *testing.T) {
+// TestMistakes: a caller's mistake is one line of the log, at debug level, so that nobody can fill Vault's log.
+func TestMistakes(t *testing.T) {
+	e := newConfiguredEnv(t)
+	for _, tt := range (requests{
+		{"read creds/web", fields{"ttl": 0}}, {"read creds/web", fields{"ttl": "25h"}}, {"read creds/nowhere", nil},
+		{"read creds/web", fields{"ttl": aMap}}, {"update config", fields{"admin_api_key": aMap}},
+		{"update config", fields{"api_endpoint": "http://example.com"}}, {"update roles/web", fields{"ttl": -1}},
+		{"update roles/web", fields{"project_id": "proj_nowhere"}}, {"update tidy", fields{"mount_id": "ABC"}},
+		{"update tidy", fields{"project_ids": "../x"}}, {"read metrics", fields{"format": "xml"}},
+	}) {
+		before := len(e.Log.String())
+		resp, err := e.request(tt.request, tt.data)
+		e.refusal(resp, err)
+		if got := e.Log.String()[before:]; strings.Count(got, "\n") != 1 || !strings.Contains(got, "[DEBUG]") {
+			t.Errorf("%s %v: got log %q, want one line at debug level", tt.request, tt.data, got)
+		}
+	}
+}
+
+// bad is a value of a field that must be refused.
+type bad struct {
+	field, want string // want: in the message, besides the field's name
+	value       any    // nil: the field is missing, where there is nothing yet
+}
+
+// bads are several values that are refused with the same text.
+func bads(field, want string, values ...any) (tests []bad) {
+	for _, value := range values {
+		tests = append(tests, bad{field, want, value})
+	}
+	return tests
+}
+
+// refusesAll writes each bad value, where there is nothing yet and over valid. Nothing is stored, nor OpenAI asked.
+func (e *env) refusesAll(path string, valid fields, tests []bad) {
+	e.t.Helper()
+	e.wire.sent()
+	for _, tt := range tests {
+		data := maps.Clone(valid)
+		data[tt.field] = tt.value
+		maps.DeleteFunc(data, func(_ string, value any) bool { return value == nil })
+		e.unchanged(tt, func() { e.refused(path, data, tt.field, tt.want) })
+	}
+	same(e.t, "requests about bad input", e.wire.sent(), []string{})
+	e.ok(path, valid)
+	for _, tt := range tests {
+		if tt.value != nil {
+			e.unchanged(tt, func() { e.refused(path, fields{tt.field: tt.value}, tt.field, tt.want) })
+		}
+	}
+}
+
+// aMap is a value of the wrong type for every field. What it holds must not be quoted.
+var aMap = fields{"value": "sk-admin-simulated-secret"}
+
+// badDurations are what no duration field takes.
+var badDurations = []any{"soon", -1, "-1h", "999999999999h", int64(math.MaxInt64), aMap, []any{"1h", "2h"}}
+
+// badEndpoints are what api_endpoint does not take.
+var badEndpoints = []any{
+	"api.openai.com", "api.openai.com/v1", "/v1", "https://", "https:///v1", "https:api.openai.com", "://x", "%",
+	"https://exa mple/v1", "https://api.openai.com:0", "https://api.openai.com:65536/v1", "https://api.openai.com:-1",
+	"https://api.openai.com:x", "https://api.openai.com:/v1", "https://api.openai.com:443:443/v1", "https://::1/v1",
+	"https://[::1/v1", "https://api.openai.com/v1\n", "https://user:sk-password@api.openai.com/v1", "https://u@h/v1",
+	"https://@api.openai.com/v1", "https://api.openai.com/v1?key=sk-secret", "https://h/v1?", "https://h/v1#part",
+	"https://h/v1#", "http://api.openai.com/v1", "http://10.0.0.1/v1", "http://localhost.example.com/v1", "http://0.0.0.0",
+	"http://127.0.0.1.example.com/v1", "ftp://api.openai.com", "file:///etc/passwd", "unix:///run/x.sock", aMap,
+	"javascript:alert(1)", "ws://127.0.0.1", "https://h/v1/../v2", "https://h/..", "https://h/%2e%2e", "https://h/v1/.%2E",
+}
+
+// validConfig is what a first write of config needs.
+func validConfig(e *env) fields {
+	key, id := e.sim.AdminKey()
+	return fields{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
+}
+
+// TestConfigBadInput: a bad value is refused with its field's name, and nobody has the key sent elsewhere without it.
+func TestConfigBadInput(t *testing.T) {
+	e := newEnv(t)
+	e.refusesAll("config", validConfig(e), slices.Concat(
+		bads("admin_api_key", "required", nil, ""), bads("admin_api_key", "8 to 512", "short", strings.Repeat("k", 513)),
+		bads("admin_api_key", "printable ASCII characters without spaces", "sk-admin-simulated secret",
+			"sk-admin-simulated\r\nX-Header: secret"),
+		bads("admin_api_key", "", aMap, []any{"sk-admin-simulated-secret"}),
+		bads("admin_api_key_id", "", "key_x/../y", strings.Repeat("k", 129), aMap),
+		bads("organization_id", "required", nil, ""),
+		bads("organization_id", "", "org-sim\nX-Header: x", strings.Repeat("o", 129), aMap),
+		bads("verify_connection", "true or false", "perhaps", aMap),
+		bads("disable_automated_rotation", "true or false", "perhaps"), bads("rotation_policy", "", aMap),
+		bads("rotation_schedule", "", "now and then", "61 * * * *", "* * * * * *", aMap),
+		bads("rotation_schedule", "time zone", "TZ=Europe/Berlin 0 3 * * 0", "CRON_TZ=UTC 0 3 * * 0"),
+		bads("rotation_schedule", "no time to come", "0 3 30 2 *"),
+		bads("rotation_window", "rotation_schedule", "1h"), bads("admin_key_ttl", "rotation_period", 3600),
+		bads("rotation_period", "", badDurations...), bads("rotation_window", "", badDurations...),
+		bads("admin_key_ttl", "", badDurations...), bads("api_endpoint", "", badEndpoints...),
+	))
+	for _, verify := range []bool{true, false} {
+		data := fields{"api_endpoint": "https://example.com/v1", "verify_connection": verify}
+		e.unchanged(data, func() { e.refused("config", data, "api_endpoint", "together with admin_api_key") })
+	}
+	e.refused("config", fields{"admin_api_key": "unknown-key", "verify_connection": false},
+		"admin_api_key_id is required", "verify_connection")
+}
+
+// TestConfig: a write changes what it names, a read shows all but the key, a delete leaves the roles.
+func TestConfig(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.ok(logical.CreateOperation, "roles/key", map[string]any{
-			"project_id": openaisim.DefaultProject, "service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member"),
-		})
-		secrets := []*logical.Secret{e.creds("web").Secret, e.creds("key").Secret}
-		e.always(http.MethodDelete, "projects", 500)
-		for attempt := 1; attempt <= 6; attempt++ {
-			for i, secret := range secrets {
-				start := time.Now()
-				err := failure(e.lease(logical.RevokeOperation, secret))
-				if (err == nil) != (attempt >= 5) {
-					t.Errorf("attempt %d: got %v, want an error up to the fourth", attempt, err)
-				}
-				if took := time.Since(start); took > 60*time.Second {
-					t.Errorf("attempt %d: took %v, want at most 60s", attempt, took)
-				}
-				id := []string{"service_account_id", "api_key_id"}[i]
-				entry, err := e.storage.Get(t.Context(), cleanupPrefix+secret.InternalData[id].(string))
-				if err != nil || entry == nil || !strings.Contains(string(entry.Value), fmt.Sprintf(`"failures":%d`, attempt)) {
-					t.Errorf("attempt %d: clean-up entry: got %v, %v, want that count", attempt, entry, err)
-				}
-			}
-			if got, want := e.logged("ERROR", "revocation keeps failing"), 2*max(0, attempt-4); got != want {
-				t.Errorf("attempt %d: error lines: got %d, want %d", attempt, got, want)
+		e := newEnv(t)
+		var none *logical.Response
+		e.put("roles/web", `{"project_id":"proj_sim"}`)
+		notConfigured := func() {
+			t.Helper()
+			same(t, "read", e.get("config"), none)
+			same(t, "delete", e.op(logical.DeleteOperation, "config", nil), none)
+			for _, request := range []string{"read creds/web", "update roles/web", "update config/rotate", "update tidy"} {
+				resp, err := e.request(request, nil)
+				e.refusal(resp, err, "not configured", "write config")
 			}
 		}
-		if got := e.metric(metricHandedOver).(float64); got < 2 {
-			t.Errorf("metric: got %v handed over, want 2", got)
+		notConfigured()
+		same(t, "write", e.configure(nil), none)
+		key, id := e.sim.AdminKey()
+		want := fields{
+			"admin_api_key_id": id, "organization_id": "org-sim", "api_endpoint": "https://api.openai.com/v1",
+			"admin_key_ttl": 0, "admin_key_expires_at": "", "last_rotated": "2000-01-01T00:00:00Z", "next_rotation": "",
+			"rotation_manager": "none", "pending_deletion": []string{}, "creating": []string{}, "mount_id": e.b().mountID,
+			"rotation_schedule": "", "rotation_window": 0, "rotation_period": 0, "disable_automated_rotation": false,
+			"rotation_policy": "",
 		}
-		e.ticks(5 * time.Minute)
-		e.b.unsettled.Range(func(name, _ any) bool {
-			t.Errorf("%v, which a clean-up entry remembers, is also remembered in memory", name)
-			return false
-		})
-		if got := e.metric("cleanups_pending"); got != float64(2) {
-			t.Errorf("metric: got %v clean-ups pending, want 2", got)
+		same(t, "config", e.get("config").Data, want)
+		time.Sleep(time.Hour)
+		for _, step := range []struct{ write, shown fields }{ // shown: where it is not what was written
+			{fields{"api_endpoint": "http://[::1]/v1/", "admin_api_key": key + "\n"}, fields{"api_endpoint": "http://[::1]/v1"}},
+			{nil, nil}, {fields{"rotation_period": 129600},
+				fields{"next_rotation": "2000-01-02T12:00:00Z", "rotation_manager": "plugin"}},
+			{fields{"admin_key_ttl": "72h"}, fields{"admin_key_ttl": 259200}}, {fields{"admin_key_ttl": 0}, nil},
+			{fields{"disable_automated_rotation": true}, fields{"next_rotation": "", "rotation_manager": "none"}},
+			{fields{"rotation_period": 0, "rotation_schedule": "0 6 * * SAT", "disable_automated_rotation": "false"},
+				fields{"next_rotation": "2000-01-01T06:00:00Z", "rotation_manager": "plugin"}},
+			{fields{"api_endpoint": "", "admin_api_key": key}, fields{"api_endpoint": "https://api.openai.com/v1"}},
+		} {
+			e.ok("config", step.write)
+			maps.Copy(want, step.write)
+			maps.Copy(want, step.shown)
+			delete(want, "admin_api_key")
+			same(t, "config", e.get("config").Data, want)
 		}
-		e.restart()
-		e.sim.ClearFaults()
-		e.ticks(time.Minute)
-		if accounts, keys := e.sim.ServiceAccounts(openaisim.DefaultProject), e.sim.ProjectKeys(openaisim.DefaultProject); len(accounts) != 1 || len(keys) != 0 {
-			t.Errorf("after OpenAI has recovered: got accounts %v and keys %v, want the existing account alone", accounts, keys)
-		}
-		if got := e.metric("cleanups_pending"); got != float64(0) {
-			t.Errorf("metric: got %v clean-ups pending, want 0", got)
-		}
-		e.nothingPending()
+		other, otherID := e.sim.AddAdminKey("other")
+		e.ok("config", fields{"admin_api_key": other})
+		maps.Copy(want, fields{"admin_api_key_id": otherID, "last_rotated": "2000-01-01T01:00:00Z"})
+		same(t, "config", e.get("config").Data, want)
+		e.warned("delete", e.op(logical.DeleteOperation, "config", nil), 1, "not revoked", "admin key")
+		same(t, "storage after delete", e.Storage.Keys(""), "[roles/]")
+		notConfigured()
 	})
 }
 
-// TestRevokeStorageFault: where the failure can't be remembered, Vault is told of both.
-func TestRevokeStorageFault(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		secret := e.creds("web").Secret
-		e.always(http.MethodDelete, "projects", 403)
-		e.storage.setFault(func(verb, key string) error {
-			if verb == "put" {
-				return errStep
-			}
-			return nil
-		})
-		for range 7 {
-			err := failure(e.lease(logical.RevokeOperation, secret))
-			if err == nil || !strings.Contains(err.Error(), errStep.Error()) || !strings.Contains(err.Error(), "403") {
-				t.Errorf("revoke: got %v, want both failures", err)
-			}
+// TestConfigWithoutUUID: without a UUID of Vault's, creds and tidy say so and ask OpenAI nothing; revocation works.
+func TestConfigWithoutUUID(t *testing.T) {
+	e := newConfiguredEnv(t)
+	l := e.lease("web")
+	e.b().mountID = mountID("")
+	e.wire.sent()
+	for _, request := range []string{"read creds/web", "update tidy"} {
+		resp, err := e.request(request, nil)
+		same(t, request, fmt.Sprint(resp, " ", err), "<nil> "+errNoUUID.Error())
+	}
+	same(t, "requests", e.wire.sent(), []string{})
+	e.revoke(l)
+	e.have(0, 0, "after revocation")
+}
+
+// TestConfigEndpoint: good endpoints are taken as they are, without a slash at the end.
+func TestConfigEndpoint(t *testing.T) {
+	for _, good := range []string{defaultEndpoint, "https://eu.api.openai.com:8443", "https://[2001:db8::1]:443/v1",
+		"http://127.0.0.1:8080/v1", "http://[::1]:8080/v1", "http://localhost/v1..2", "https://my_gateway/a/b-c"} {
+		got, err := parseEndpoint(good)
+		slash, slashErr := parseEndpoint(good + "//")
+		same(t, "endpoint", fmt.Sprint(got, err, slash, slashErr), fmt.Sprint(good, nil, good, nil))
+	}
+}
+
+// FuzzEndpoint: an endpoint is refused, or requests go to exactly this place, with TLS or to a loopback address.
+func FuzzEndpoint(f *testing.F) {
+	for _, endpoint := range append(slices.Clone(badEndpoints), defaultEndpoint, "https://api.openai.com/v1/",
+		"http://[::1]/v1", "http://localhost:80/v1", "HTTPS://H/a/", "https://[fe80::1%25eth0]:1/", "https://h\\@x/", "") {
+		f.Add(fmt.Sprint(endpoint))
+	}
+	f.Fuzz(func(t *testing.T, endpoint string) {
+		got, err := parseEndpoint(endpoint)
+		if err != nil {
+			return
 		}
-		// Vault may not try again, as when it could not store the lease.
-		e.storage.setFault(nil)
-		e.sim.ClearFaults()
-		e.ticks(30 * time.Minute)
-		e.accounts(1)
-		e.ticks(35 * time.Minute)
-		e.accounts(0)
-		e.nothingPending()
+		again, err := parseEndpoint(got)
+		same(t, "what is stored, stored again", fmt.Sprint(again, err), fmt.Sprint(got, nil))
+		req, err := http.NewRequest(http.MethodGet, got+adminKeysPath, nil)
+		if err != nil || req.URL.String() != got+adminKeysPath || strings.Contains(req.URL.Path, "/../") {
+			t.Fatalf("%q is stored as %q, but %v is called (%v)", endpoint, got, req, err)
+		}
+		u, host := req.URL, req.URL.Hostname()
+		_, err = net.ResolveTCPAddr("tcp", net.JoinHostPort("127.0.0.1", cmp.Or(u.Port(), "443")))
+		loopback := u.Scheme == "http" && (host == "localhost" || net.ParseIP(host).IsLoopback())
+		if u.Scheme != "https" && !loopback || u.User != nil || u.RawQuery+u.Fragment != "" || err != nil {
+			t.Errorf("%q is called as %s (%v)", endpoint, u, err)
+		}
 	})
 }
 
-// TestTakeoverCount: the failures that lead to a takeover are those of revocations.
-func TestTakeoverCount(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		secret := e.creds("web").Secret
-		e.crash()
-		e.always(http.MethodDelete, "projects", 403)
-		time.Sleep(62 * time.Minute)
-		e.tick() // the entry becomes one for clean-up
-		if got := len(e.keys(cleanupPrefix)); got != 1 {
-			t.Errorf("clean-up entries: got %d, want 1", got)
-		}
-		for attempt := 1; attempt <= maxRevokeFailures; attempt++ {
-			if err := failure(e.lease(logical.RevokeOperation, secret)); (err == nil) != (attempt == maxRevokeFailures) {
-				t.Errorf("attempt %d: got %v, want a takeover at the fifth", attempt, err)
+// TestConfigProof: what a write of config asks OpenAI. Config is stored with the id of the very key, or is as it was.
+func TestConfigProof(t *testing.T) {
+	for _, tt := range []struct {
+		field, value string // of the write
+		list         string // answer to a search for the key: ids and redacted values, $ for its end; empty: the truth
+		id, want     string // id: what is found then; want: texts in the refusal
+	}{
+		{"admin_api_key_id", "$first", "", "$first", ""}, {"admin_api_key_id", "", "", "$first", ""},
+		{"admin_api_key", "$value", "", "$last", ""}, // which is on the second page
+		{"admin_api_key_id", "", "key_0 sk-admin-sim*****$", "key_0", ""},
+		{"admin_api_key_id", "", "key_0 sk-admin...???", "", "admin_api_key_id is required|0 of"},
+		{"admin_api_key_id", "", "key_0 ?", "", "admin_api_key_id is required|0 of"},
+		{"admin_api_key_id", "", "key_0 sk-admin...$|key_1 sk-...$", "", "admin_api_key_id is required|2 of"},
+		{"admin_api_key_id", "", "../x sk-admin...$", "", "admin_api_key_id is required|0 of"},
+		{"admin_api_key_id", "$last", "", "", "admin_api_key_id|another key"},
+		{"admin_api_key_id", "key_x", "", "", "admin_api_key_id does not exist|404"},
+		{"admin_api_key", "sk-admin-unknown", "", "", "admin_api_key|refused|401 invalid_api_key|id req_"},
+		{"organization_id", "org-other", "", "", "organization_id|refused|401 mismatched_organization"},
+	} {
+		t.Run(tt.field+" "+tt.value+" "+tt.list, func(t *testing.T) {
+			e := newEnv(t)
+			for range 120 {
+				e.sim.AddAdminKey("filler")
 			}
-		}
-		e.sim.ClearFaults()
-		e.tick()
-		e.accounts(0)
-		e.nothingPending()
-	})
+			key, id := e.sim.AdminKey()
+			last, lastID := e.sim.AddAdminKey("last")
+			e.put("config", `{"admin_api_key":"sk-admin-old","admin_api_key_id":"key_old","organization_id":"org-old"}`)
+			data := fields{"admin_api_key": key, "admin_api_key_id": "", "organization_id": openaisim.DefaultOrganization}
+			ids := map[string]string{"$first": id, "$last": lastID, "$value": last}
+			data[tt.field] = cmp.Or(ids[tt.value], tt.value)
+			if tt.list != "" {
+				list := strings.NewReplacer("$", key[len(key)-3:], " ", `","redacted_value":"`, "|", `"},{"id":"`).Replace(tt.list)
+				list = `{"data":[{"id":"` + list + `"}]}`
+				e.sim.Inject(openaisim.Fault{Method: "GET", Path: "admin_api_keys$", Status: 200, Body: list})
+			}
+			if tt.id == "" {
+				e.unchanged("refusal", func() { e.refused("config", data, strings.Split(tt.want, "|")...) })
+				return
+			}
+			e.ok("config", data)
+			same(t, "admin_api_key_id", e.config().AdminAPIKeyID, cmp.Or(ids[tt.id], tt.id))
+		})
+	}
 }
 
-// TestOtherOrganization: to another organization's key nothing of the former one exists, which
-// must not pass for a revocation.
-func TestOtherOrganization(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.failing(openaisim.Fault{Method: http.MethodDelete, Path: "/admin_api_keys/"})
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		e.sim.ClearFaults()
-		first, second := e.creds("web").Secret, e.creds("web").Secret
-		e.lostAnswer()
-		old := e.config()
-		if len(old.PendingDeletion) != 1 {
-			t.Fatalf("admin keys pending deletion: got %d, want 1", len(old.PendingDeletion))
+// TestProofFaults: whatever befalls the question to OpenAI, a write ends in time. Config is not stored without a proof;
+// a role is stored with a warning, unless OpenAI judged it.
+func TestProofFaults(t *testing.T) {
+	const accepted, warned, refused, broken = "accepted", "warned", "refused", "broken"
+	limit := http.Header{"Retry-After": {"50"}}
+	for name, tt := range map[string]struct {
+		fault        openaisim.Fault
+		config, role string // config: text in the refusal; empty: accepted
+	}{
+		"refuse":          {openaisim.Fault{Kind: "refuse"}, "connection refused", warned},
+		"hang":            {openaisim.Fault{Kind: "hang"}, "timed out", warned},
+		"redirect":        {openaisim.Fault{Kind: "redirect"}, "redirects are not followed", warned},
+		"another":         {openaisim.Fault{Status: 200, Body: `{"id":"another"}`}, "lacks", warned},
+		"no OpenAI":       {openaisim.Fault{Status: 404, Body: "<html>"}, "could not be verified", refused},
+		"401":             {openaisim.Fault{Status: 401}, "was refused", broken},
+		"429":             {openaisim.Fault{Status: 429, Header: limit}, "429", warned},
+		"500":             {openaisim.Fault{Status: 500}, "500", warned},
+		"503 for a while": {openaisim.Fault{Status: 503, Times: 3}, "", accepted},
+	} {
+		for path, data := range map[string]fields{"config": {"rotation_policy": "p"}, "roles/web": {"ttl": "2h"}} {
+			t.Run(name+" "+path, func(t *testing.T) {
+				inBubble(t, func(t *testing.T, e *env) {
+					tt.fault.Times = cmp.Or(tt.fault.Times, -1)
+					e.sim.Inject(tt.fault)
+					want, text := tt.role, "project_id"
+					if path == "config" && want != accepted {
+						want, text = refused, tt.config
+					}
+					before, start := e.Storage.All(), time.Now()
+					switch resp, err := e.Write(path, data); want {
+					case accepted:
+						same(t, "answer", fmt.Sprint(resp, err), "<nil> <nil>")
+					case warned:
+						e.warned("answer", resp, 1, "unchecked: ")
+					case broken:
+						e.equal("an error, not the caller's mistake", err != nil, true)
+					default:
+						e.refusal(resp, err, text)
+					}
+					same(t, "storage is as it was", maps.Equal(e.Storage.All(), before), want == refused || want == broken)
+					same(t, "in time", time.Since(start) <= requestTimeout, true)
+				})
+			})
 		}
-		e.always("", "", http.StatusNotFound) // as OpenAI would say of the other organization's things
-		resp := e.set(map[string]any{
-			"organization_id": "org-other", "admin_api_key": "sk-admin-other", "admin_api_key_id": "key_other", "verify_connection": false,
-		})
-		if got := fmt.Sprint(resp.Warnings); !strings.Contains(got, "former organization") || !strings.Contains(got, old.PendingDeletion[0]) {
-			t.Errorf("warnings: got %s, want the former organization and its key", got)
-		}
-		if got := e.config().PendingDeletion; len(got) != 0 {
-			t.Errorf("the former organization's admin keys pending deletion: got %q, want none", got)
-		}
-		for attempt := 1; attempt <= maxRevokeFailures; attempt++ {
-			if err := failure(e.lease(logical.RevokeOperation, first)); (err == nil) != (attempt == maxRevokeFailures) {
-				t.Errorf("revocation %d: got %v, want an error before the takeover", attempt, err)
-			}
-		}
-		if err := failure(e.lease(logical.RevokeOperation, second)); err == nil || !strings.Contains(err.Error(), openaisim.DefaultOrganization) {
-			t.Errorf("revocation: got %v, want an error that names %s", err, openaisim.DefaultOrganization)
-		}
-		e.ticks(10 * time.Minute)
-		e.accounts(3)
-		e.sim.ClearFaults()
-		e.set(map[string]any{
-			"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey, "admin_api_key_id": old.AdminAPIKeyID,
-		})
-		e.ticks(2 * time.Minute)
-		e.accounts(0)
-		e.nothingPending()
-	})
+	}
 }
 
-// TestOrganizationChangesMeanwhile: a name that was reserved in one organization is not used in
-// another one, where rollback would look for it in vain.
-func TestOrganizationChangesMeanwhile(t *testing.T) {
-	for _, account := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
+// TestStorageFaults fails a storage access of each path: an inner error, nothing at OpenAI, and storage is as it was.
+func TestStorageFaults(t *testing.T) {
+	data := map[string]fields{"config": {"rotation_period": 3600}, "roles/web": {"project_id": "proj_sim", "ttl": "2h"}}
+	for _, test := range []string{ // operation, path, verb and key of the access that fails
+		"read config get config", "update config get config", "update config put config", "delete config get config",
+		"delete config delete config", "update config/rotate get config", "update config/rotate put config",
+		"list roles list roles/", "read roles/web get roles/web", "update roles/web get roles/web",
+		"update roles/web put roles/web", "delete roles/web delete roles/web", "read creds/web get roles/web",
+		"read creds/web get config", "update tidy get config", "read metrics get config", "read metrics list cleanup/",
+	} {
+		t.Run(test, func(t *testing.T) {
+			part := strings.Fields(test)
 			e := newConfiguredEnv(t)
-			if account {
-				e.ok(logical.UpdateOperation, "roles/web", map[string]any{"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "there", "member")})
-			}
-			change := func(organization string) {
-				e.set(map[string]any{"organization_id": organization, "verify_connection": false})
-			}
-			if account { // by another node
-				other := *e
-				other.restart()
-				change = func(organization string) {
-					other.set(map[string]any{"organization_id": organization, "verify_connection": false})
-					e.b.Backend.Invalidate(t.Context(), configPath)
+			e.Restart() // so that config has to be read
+			e.unchanged("fault", func() {
+				e.failStorage(part[2], part[3])
+				resp, err := e.request(part[0]+" "+part[1], data[part[1]])
+				if err == nil || resp != nil || !strings.Contains(err.Error(), "storage fault") {
+					t.Errorf("got %v and error %v, want the storage's error", resp, err)
 				}
-			}
-			e.creds("web")
-			e.creds("web") // with a second name reserved, for nobody yet
-			puts := 0
-			e.storage.Storage = &hooks{Storage: e.storage.Storage, afterPut: func(key string) {
-				if puts++; puts == 2 { // the first is of the second name's credential
-					change("org-other")
-				}
-			}}
-			e.creds("web")
-			e.sim.ResetCalls()
-			resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-			if err := failure(resp, err); err == nil || !strings.Contains(err.Error(), openaisim.DefaultOrganization) {
-				t.Errorf("creds: got %v, want an error that names the former organization", err)
-			}
-			if calls := e.sim.Calls(); len(calls) != 0 {
-				t.Errorf("calls to OpenAI: got %v, want none", calls)
-			}
-			change(openaisim.DefaultOrganization)
-			e.creds("web")
-			e.creds("web") // once more with a second name
-			change("org-other")
-			resp, err = e.do(logical.ReadOperation, "creds/web", nil)
-			if err := failure(resp, err); err == nil || errors.Is(err, errOtherOrganization) {
-				t.Errorf("creds after the change: got %v, want what OpenAI answers", err)
-			}
-			if got := len(e.sim.ProjectKeys(openaisim.DefaultProject)); got != 5 {
-				t.Errorf("keys: got %d, want 5", got)
-			}
-			e.nothingPending()
+			})
+			same(t, "admin keys", len(e.sim.AdminKeys()), 1)
+			e.have(0, 0, "after the fault")
+			e.Storage.SetFault(nil)
+			e.lease("web")
 		})
 	}
+	e := newConfiguredEnv(t)
+	e.Restart()
+	e.failStorage("get", "config")
+	e.warned("role that can't be checked", e.ok("roles/web", data["roles/web"]), 1, "unchecked", "storage fault")
 }
 
-// TestTemplateMemory: what a template makes of a long name of a token or a role is bounded.
-func TestTemplateMemory(t *testing.T) {
-	raw := "{{.DisplayName" + strings.Repeat("|base64", 28) + "|truncate 20}}-{{.RandomSuffix}}"
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	name, err := renderName(raw, nameData{DisplayName: strings.Repeat("n", 100_000), RandomSuffix: "0123456789"})
-	runtime.ReadMemStats(&after)
-	if err != nil || !strings.HasSuffix(name, "-0123456789") {
-		t.Errorf("got %q, %v, want a name", name, err)
-	}
-	if got := after.TotalAlloc - before.TotalAlloc; got > 64<<20 {
-		t.Errorf("memory for a name: got %d MiB, want at most 64", got>>20)
-	}
-}
-
-// TestRevokeOutage: an hour of failures ends with every account gone, no lease given up by Vault, and
-// nobody's help.
-func TestRevokeOutage(t *testing.T) {
-	hang := openaisim.Fault{Kind: "hang", Times: -1}
-	for _, fault := range []openaisim.Fault{
-		{Status: 500, Times: -1}, {Status: 429, Times: -1}, {Status: 429, Times: -1, Header: http.Header{"Retry-After": {"20"}}},
-		{Status: 401, Times: -1}, {Kind: "refuse", Times: -1}, hang,
+// TestConfigJob: a write or delete of config that could not be stored leaves the rotation job as it was registered.
+func TestConfigJob(t *testing.T) {
+	hourly, none := fields{"rotation_period": "1h"}, fields{"rotation_policy": "p"}
+	suspended := fields{"rotation_period": "1h", "disable_automated_rotation": true}
+	for name, tt := range map[string]struct{ before, write fields }{ // before nil: no config; write nil: config is deleted
+		"first write": {nil, hourly}, "first job": {none, hourly}, "another": {hourly, fields{"rotation_period": "2h"}},
+		"no more": {hourly, fields{"rotation_period": 0}}, "suspended": {hourly, suspended}, "delete": {hourly, nil},
+		"not suspended": {suspended, fields{"disable_automated_rotation": false}},
 	} {
-		t.Run(fmt.Sprint(fault.Status, fault.Kind, fault.Header), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				var secrets []*logical.Secret
-				for range 30 {
-					secrets = append(secrets, e.creds("web").Secret)
-				}
-				e.sim.Inject(fault)
-				end := time.Now().Add(time.Hour)
-				var group sync.WaitGroup
-				var worst atomic.Int64
-				for _, secret := range secrets {
-					group.Go(func() { // Vault's schedule
-						for attempt := 1; attempt <= 6; attempt++ {
-							start := time.Now()
-							err := failure(e.lease(logical.RevokeOperation, secret))
-							worst.Store(max(worst.Load(), int64(time.Since(start))))
-							if err == nil {
-								return
-							}
-							time.Sleep(10 * time.Second << attempt)
-						}
-						t.Error("a lease became irrevocable")
-					})
-				}
-				for time.Now().Before(end) {
-					e.ticks(time.Minute)
-				}
-				group.Wait()
-				if worst := time.Duration(worst.Load()); worst > 70*time.Second {
-					t.Errorf("longest revocation: %v, want at most 70s: Vault ends it at 90s", worst)
-				}
-				e.accounts(30)
-				e.sim.ClearFaults()
-				e.ticks(3 * time.Minute)
-				e.accounts(0)
-				e.nothingPending()
-			})
-		})
-	}
-}
-
-// TestSweepBound: a periodic call over very many clean-up entries is bounded, and the
-// next one goes on where it stopped.
-func TestSweepBound(t *testing.T) {
-	for _, status := range []int{0, 500, 403} {
-		t.Run(fmt.Sprint(status), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				entries := 100_000
-				if status != 0 {
-					entries = 20_000
-				}
-				e := newConfiguredEnv(t)
-				for i := range entries {
-					id := fmt.Sprintf("svc_acct_%06d", i)
-					entry, err := logical.StorageEntryJSON(cleanupPrefix+id, map[string]any{"project_id": openaisim.DefaultProject, "service_account_id": id, "failures": 5})
-					if err == nil {
-						err = e.storage.Put(t.Context(), entry)
-					}
-					if err != nil {
-						t.Fatal(err)
-					}
-				}
-				e.sim.SetLatency(47 * time.Millisecond) // so that no call ends just when the time is up
-				if status != 0 {
-					e.always(http.MethodDelete, "projects", status)
-				}
-				var tried []string
-				for tick := range 2 {
-					e.sim.ResetCalls()
-					start := time.Now()
-					e.tick()
-					if took := time.Since(start); took > 30*time.Second {
-						t.Errorf("periodic call: took %v, want at most 30s", took)
-					}
-					paths := map[string]bool{}
-					for _, c := range e.sim.Calls() {
-						if c.Method == http.MethodDelete {
-							paths[c.Path] = true
-						}
-					}
-					if len(paths) < 50 || len(paths) > 10_000 {
-						t.Errorf("entries tried in tick %d: got %d, want 50 to 10,000", tick, len(paths))
-					}
-					for path := range paths {
-						tried = append(tried, path[strings.LastIndex(path, "/")+1:])
-					}
-				}
-				slices.Sort(tried)
-				if again := len(tried) - len(slices.Compact(slices.Clone(tried))); again != 0 {
-					t.Errorf("entries tried in both ticks: got %d, want none", again)
-				}
-				if last := fmt.Sprintf("svc_acct_%06d", len(tried)-1); tried[len(tried)-1] != last {
-					t.Errorf("last entry tried: got %s, want %s: none may be left out", tried[len(tried)-1], last)
-				}
-				if lines := e.logged("WARN", "clean-up failed"); lines > 200 {
-					t.Errorf("log: got %d lines of two ticks, want at most 200", lines)
-				}
-			})
-		})
-	}
-}
-
-// TestPeriodicUnconfigured: without config, periodic work waits, and says so once a tick.
-func TestPeriodicUnconfigured(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		e.lostAnswer()
-		for range 50 {
-			secret := e.creds("web").Secret
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: 403})
-			if err := failure(e.lease(logical.RevokeOperation, secret)); err == nil {
-				t.Fatal("revoke: got success, want an error")
+		t.Run(name, func(t *testing.T) {
+			e := newEnv(t)
+			e.System.RotationErr = nil
+			if tt.before != nil {
+				e.configure(tt.before)
 			}
+			request, verb, data := "update config", "put", validConfig(e)
+			if maps.Copy(data, tt.write); tt.write == nil {
+				request, verb = "delete config", "delete"
+			}
+			before := e.System.Jobs()
+			e.failStorage(verb, "config")
+			if _, err := e.request(request, data); err == nil {
+				t.Errorf("%s with a storage fault: got no error", request)
+			}
+			same(t, "jobs", e.System.Jobs(), before)
+		})
+	}
+}
+
+// TestConfigForgets: a change of organization and a delete name, in warnings and in the log, the admin keys that OpenAI
+// may still have. What a rotation began to make stays in config with its organization.
+func TestConfigForgets(t *testing.T) {
+	e := newConfiguredEnv(t)
+	elsewhere := fields{"organization_id": "org-other", "verify_connection": false}
+	e.warned("nothing to forget", e.ok("config", elsewhere), 1, "organization_id has changed")
+	same(t, "warnings in the log with nothing to forget", e.Log.Count("warn", ""), 0)
+	e.configure(nil)
+	cfg := e.config()
+	cfg.PendingDeletion = []string{"key_one", "key_two"}
+	cfg.Creating = []creatingKey{{"vault-admin-a", cfg.OrganizationID, time.Now()}, {"vault-admin-b", "org-b", time.Now()}}
+	stored, _ := json.Marshal(cfg)
+	names := []string{"key_one, key_two", "vault-admin-a, vault-admin-b"}
+	e.put("config", string(stored))
+	e.warned("delete", e.op(logical.DeleteOperation, "config", nil), 3, names...)
+	e.put("config", string(stored))
+	e.warned("another field", e.ok("config", fields{"rotation_policy": "p"}), 0)
+	e.warned("another organization", e.ok("config", elsewhere), 3, names...)
+	for _, text := range names {
+		same(t, "warnings in the log with "+text, e.Log.Count("warn", text), 2)
+	}
+	orgs := e.config().Creating[0].OrganizationID + " " + e.config().Creating[1].OrganizationID
+	same(t, "what is left", fmt.Sprint(e.config().PendingDeletion, " ", orgs), "[] org-sim org-b")
+}
+
+// TestConfigMissing: ticks without config ask nothing and flood no log; with config, all that was left is deleted.
+func TestConfigMissing(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		for range 30 {
+			l := e.lease("web")
+			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: 403})
+			same(t, "revocation failed", e.Revoke(l) != nil, true)
 		}
-		e.ok(logical.DeleteOperation, "config", nil)
-		time.Sleep(5 * time.Minute)
-		lines := strings.Count(e.log.String(), "\n")
-		e.tick()
-		if got := strings.Count(e.log.String(), "\n") - lines; got < 1 || got > 5 {
-			t.Errorf("log lines of a tick: got %d, want 1 to 5", got)
+		e.op(logical.DeleteOperation, "config", nil)
+		before := e.Log.Count("", "")
+		e.wire.sent()
+		e.Run(5 * time.Minute)
+		if lines, calls := e.Log.Count("", "")-before, len(e.wire.sent()); lines > 5 || calls > 0 {
+			t.Errorf("5 ticks without config: got %d lines of the log and %d calls, want 5 and none", lines, calls)
 		}
 		e.configure(nil)
-		e.failing(openaisim.Fault{Method: http.MethodDelete, Status: 401})
-		e.sim.ResetCalls()
-		e.tick()
-		if got := e.countCalls(http.MethodDelete, "service_accounts"); got > sweepWorkers {
-			t.Errorf("deletions with a refused key: got %d, want at most %d", got, sweepWorkers)
-		}
-		e.sim.ClearFaults()
-		e.tick()
-		e.accounts(0)
-		e.nothingPending()
+		e.Run(time.Minute)
+		e.idle()
+		e.have(0, 0, "after a tick with config")
 	})
 }
 
-// TestRateLimit: revocations that come all at once drain at OpenAI's pace, about in the
-// order in which they came, without many calls in vain.
-func TestRateLimit(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const n = 200
+// TestRoleBadInput: a bad value of a role is refused with its field's name and stores nothing.
+func TestRoleBadInput(t *testing.T) {
+	e := newEnv(t)
+	e.configure(nil)
+	var scopes []string
+	for i := range 101 {
+		scopes = append(scopes, fmt.Sprintf("api.s%d.read", i))
+	}
+	e.refusesAll("roles/web", fields{"project_id": openaisim.DefaultProject, "ttl": "1h"}, slices.Concat(
+		bads("project_id", "required", nil, ""),
+		bads("project_id", "", "proj_x/../../admin_api_keys", "proj_x?limit=1", strings.Repeat("p", 129), aMap),
+		bads("service_account_name_template", "", aMap, strings.Repeat("x", 257)),
+		bads("service_account_name_template", "not valid", "", "{{.RandomSuffix", "{{.RandomSuffix}}{{end}}", "{{.Random}}",
+			"{{.RoleName.RandomSuffix}}", "{{nope}}{{.RandomSuffix}}", "{{truncate -1 .RandomSuffix}}"),
+		bads("service_account_description", "", strings.Repeat("d", 1025), aMap),
+		bads("ttl", "more than 0", 0), bads("ttl", "max_ttl", "25h"), bads("ttl", "", badDurations...),
+		bads("max_ttl", "more than 0", 0), bads("max_ttl", "365 days", "366d"), bads("max_ttl", "", badDurations...),
+		bads("max_ttl", "ttl must be", "59m"), // less than ttl
+		bads("enforce_key_expiry", "true or false", "perhaps", aMap),
+		bads("scopes", "names like", "api.all.read,API ALL", []string{strings.Repeat("s", 129)}),
+		bads("scopes", "", scopes, aMap), bads("service_account_role", "scopes", "member"), // without scopes
+		bads("service_account_role", "member or owner", "none", "admin"), bads("service_account_role", "", aMap),
+		bads("service_account_id", "", "svc_acct_x/api_keys", strings.Repeat("s", 129), aMap),
+	))
+	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
+	e.ok("roles/web", fields{"scopes": "api.all.read", "service_account_role": "owner"})
+	e.refused("roles/web", fields{"service_account_id": account}, "service_account_role", "service_account_id", "exclude")
+	e.refused("roles/web", fields{"scopes": ""}, "service_account_role needs scopes")
+	e.ok("roles/web", fields{"service_account_id": account, "service_account_role": ""})
+	e.ok("roles/web", fields{"scopes": scopes[1:]})
+}
+
+// TestRole: a write changes what it names, and a role that was deleted gives no credential.
+func TestRole(t *testing.T) {
+	e := newEnv(t)
+	e.configure(nil)
+	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
+	exists := func() string {
+		req := &logical.Request{Path: "roles/web.1", Operation: logical.CreateOperation, Storage: e.Storage}
+		_, exists, err := e.b().HandleExistenceCheck(t.Context(), req)
+		return fmt.Sprint(e.op(logical.ListOperation, "roles", nil).Data, e.get("roles/web.1") != nil, exists, err)
+	}
+	same(t, "before it is written", exists(), "map[] false false <nil>")
+	want := fields{
+		"project_id": "proj_sim", "service_account_name_template": "vault-{{.RoleName}}-{{.RandomSuffix}}",
+		"service_account_description": "Service account created by Vault", "ttl": 3600, "max_ttl": 86400,
+		"enforce_key_expiry": true, "scopes": []string{}, "service_account_role": "", "service_account_id": "",
+	}
+	for _, step := range []struct{ write, shown fields }{ // shown: where it is not what was written
+		{fields{"project_id": "proj_sim"}, nil}, {nil, nil},
+		{fields{"ttl": "90m", "max_ttl": "365d"}, fields{"ttl": 5400, "max_ttl": 31536000}},
+		{fields{"ttl": 7200, "max_ttl": 7200}, nil}, {fields{"enforce_key_expiry": false}, nil},
+		{fields{"service_account_description": "for tests", "enforce_key_expiry": "true"}, nil},
+		{fields{"scopes": []string{"api.b.read", "api.a.read", "api.b.read"}, "service_account_role": "owner"},
+			fields{"scopes": "[api.a.read api.b.read]"}},
+		{fields{"service_account_role": "", "service_account_id": account}, nil},
+		{fields{"scopes": ""}, fields{"scopes": "[]"}}, {fields{"service_account_id": ""}, nil},
+	} {
+		// The longest max_ttl is over the mount's maximum.
+		e.warned(step.write, e.ok("roles/web.1", step.write), strings.Count(fmt.Sprint(step.write), "365d"))
+		maps.Copy(want, step.write)
+		maps.Copy(want, step.shown)
+		same(t, "role", e.get("roles/web.1").Data, want)
+	}
+	e.ok("roles/short", fields{"project_id": "proj_sim", "max_ttl": "10m"})
+	same(t, "ttl with a max_ttl below its default", e.get("roles/short").Data["ttl"], 600)
+	same(t, "when it is there", exists(), "map[keys:[short web.1]] true true <nil>")
+	same(t, "delete", e.op(logical.DeleteOperation, "roles/web.1", nil), (*logical.Response)(nil))
+	same(t, "when it is deleted", exists(), "map[keys:[short]] false false <nil>")
+	resp, err := e.request("read creds/web.1", nil)
+	e.refusal(resp, err, `role "web.1" does not exist`)
+}
+
+// TestRoleProof: what OpenAI refuses of a role is not stored; what works but is no good idea is stored with a warning.
+func TestRoleProof(t *testing.T) {
+	own := newSuffix("aaaaaa", time.Now())
+	for _, tt := range []struct {
+		field, value     string // of an account: name and role, or an id
+		calls            int
+		refusal, warning string // texts in it; both empty: the role is stored
+	}{
+		{"project_id", "proj_sim", 1, "", ""}, {"project_id", "proj_x", 1, "project_id|proj_x|404|request id req_", ""},
+		{"project_id", "proj_archived", 1, "project_id|proj_archived|archived", ""},
+		{"service_account_id", "app member", 2, "", ""}, {"service_account_id", "svc_x", 2, "service_account_id|svc_x", ""},
+		{"service_account_id", "app none", 2, "", "no role in the project"},
+		{"service_account_id", "web-" + own + " member", 2, "", "this mount|when that lease ends"},
+		{"service_account_id", "web-" + own + "- member", 2, "", ""},
+		{"service_account_id", "web-b" + own[1:] + " member", 2, "", ""}, // of another mount
+	} {
 		e := newConfiguredEnv(t)
-		var secrets []*logical.Secret
-		for range n {
-			secrets = append(secrets, e.creds("web").Secret)
+		e.b().mountID = "aaaaaa"
+		e.sim.AddProject("proj_archived", "Archived")
+		e.sim.ArchiveProject("proj_archived")
+		data := fields{"ttl": "2h", tt.field: tt.value}
+		if name, role, ok := strings.Cut(tt.value, " "); ok {
+			data[tt.field] = e.sim.AddServiceAccount(openaisim.DefaultProject, name, role)
+		}
+		e.wire.sent()
+		if tt.refusal != "" {
+			e.unchanged(data, func() { e.refused("roles/web", data, strings.Split(tt.refusal, "|")...) })
+		} else {
+			e.warned(data, e.ok("roles/web", data), min(len(tt.warning), 1), strings.Split(tt.warning, "|")...)
+		}
+		same(t, tt.value+": calls", len(e.wire.sent()), tt.calls)
+	}
+}
+
+// TestRoleAccountName: creds never names an account that it is not about.
+func TestRoleAccountName(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		for i, name := range []string{"first", "second"} {
+			id := e.sim.AddServiceAccount(openaisim.DefaultProject, name, "member")
+			e.sim.Inject(openaisim.Fault{Method: "GET", Skip: 2 - 2*i, Times: 4}) // so that the second's name is not known
+			e.ok("roles/web", fields{"service_account_id": id})
+			got := e.lease("web").Data
+			same(t, "account", fmt.Sprint(got["service_account_id"], got["service_account"]), id+[]string{"first", ""}[i])
+		}
+	})
+}
+
+// TestRoleWrittenMeanwhile: a write that waits for OpenAI is made on what is stored when it has its answer. It lifts no
+// restriction that came meanwhile, and brings nothing back of a role that was deleted meanwhile.
+func TestRoleWrittenMeanwhile(t *testing.T) {
+	const described = " Service account created by Vault"
+	restricted, longer := fields{"scopes": "api.a.read"}, fields{"ttl": "3h"}
+	whole := fields{"project_id": openaisim.DefaultProject, "ttl": "2h"}
+	old := fields{"project_id": openaisim.DefaultProject, "scopes": "api.a.read", "service_account_description": "old"}
+	for name, tt := range map[string]struct {
+		before, meanwhile, write fields // of roles/new; meanwhile nil: it is deleted
+		want                     string // scopes, ttl, description; empty: refused
+	}{
+		"restricted": {whole, restricted, longer, "[api.a.read] 10800" + described}, "deleted": {old, nil, longer, ""},
+		"same field": {whole, fields{"ttl": "1h"}, longer, "[] 10800" + described},
+		"created":    {nil, old, whole, "[api.a.read] 7200 old"}, "all named": {old, nil, whole, "[] 7200" + described},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newConfiguredEnv(t)
+			if tt.before != nil {
+				e.ok("roles/new", tt.before)
+			}
+			e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+				e.wire.setFault(nil)
+				if tt.meanwhile == nil {
+					e.op(logical.DeleteOperation, "roles/new", nil)
+				} else {
+					e.ok("roles/new", tt.meanwhile)
+				}
+				return send()
+			})
+			if tt.want == "" {
+				e.refused("roles/new", tt.write, "project_id is required")
+				same(t, "role", e.get("roles/new"), (*logical.Response)(nil))
+				return
+			}
+			e.ok("roles/new", tt.write)
+			got := e.get("roles/new").Data
+			same(t, "role", fmt.Sprint(got["scopes"], " ", got["ttl"], " ", got["service_account_description"]), tt.want)
+		})
+	}
+}
+
+// TestRoleWritesAtOnce: of writes that come at once, each of its own field, none is lost.
+func TestRoleWritesAtOnce(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.sim.SetLatency(time.Second)
+		e.Storage.SetAfter(func(string, string) error { runtime.Gosched(); return nil })
+		want := e.get("roles/web").Data
+		var writes sync.WaitGroup
+		for _, data := range []fields{{"ttl": 7200}, {"max_ttl": 18000}, {"scopes": []string{"api.a.read"}},
+			{"enforce_key_expiry": false}, {"service_account_description": "new"}, {"service_account_name_template": "new"}} {
+			maps.Copy(want, data)
+			writes.Go(func() { e.ok("roles/web", data) })
+		}
+		writes.Wait()
+		same(t, "role", e.get("roles/web").Data, want)
+	})
+}
+
+// TestNameTemplates: whatever the template makes is made valid, cut, and ends in "-" and the suffix.
+func TestNameTemplates(t *testing.T) {
+	const suffix = "abc234gzzzz234567ab"
+	data := nameData{RoleName: "web.1", RandomSuffix: suffix, ProjectID: "proj_sim", ProjectName: "Sim project",
+		DisplayName: "oidc-Jané Doe@example.com"}
+	x44 := strings.Repeat("x", 44)
+	for template, want := range map[string]string{ // a pattern of what is before the suffix
+		"vault-{{.RoleName}}-{{.RandomSuffix}}": "vault-web-1", "{{.RoleName}}{{.RandomSuffix}}": "web-1",
+		"{{.ProjectID}}_{{.RandomSuffix}}": "proj_sim_", "{{.ProjectName}}-{{.RandomSuffix}}": "Sim-project",
+		"{{.DisplayName}}-{{.RandomSuffix}}":                 "oidc-Jan-Doe-example-com",
+		"{{.DisplayName | truncate 7 | lowercase}}-{{uuid}}": "oidc-ja-[0-9a-f-]{36}",
+		"{{random 20 | uppercase}}":                          "[A-Z0-9]{20}", "fixed": "fixed",
+		"{{.RandomSuffix}}-{{.RoleName}}": suffix + "-web-1", "{{.RandomSuffix}}{{.RandomSuffix}}": suffix,
+		"{{truncate 1 .RandomSuffix}}": "a", "{{uppercase .RandomSuffix}}": strings.ToUpper(suffix),
+		x44 + "-{{.RandomSuffix}}": x44, x44 + "y-{{.RandomSuffix}}": x44, x44 + x44: x44, x44[:43] + "-y": x44[:43],
+		"{{.RandomSuffix}}": "vault", "-ä {{.RandomSuffix}} ö-": "vault", "{{/* */}}": "vault", "äöü": "vault", // empty
+	} {
+		name, err := renderName(template, data)
+		if err != nil || !regexp.MustCompile("^"+want+"-"+suffix+"$").MatchString(name) || len(name) > maxNameLength {
+			t.Errorf("template %q: got %q, %v, want %s-%s", template, name, err, want, suffix)
+		}
+	}
+}
+
+// TestNamesUnique: a name at OpenAI carries the mount_id that config and tidy show and the end of its request, and no
+// two are the same, whatever the template of an older role and the asking token make of it.
+func TestNamesUnique(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		mount := fmt.Sprint(e.get("config").Data["mount_id"])
+		same(t, "mount_id of tidy", e.get("tidy").Data["mount_id"], mount)
+		same(t, "mount_id of a pass", e.ok("tidy", nil).Data["mount_id"], mount)
+		other, seen := "x-"+newSuffix("bbbbbb", time.Now().Add(-time.Hour)), map[string]bool{}
+		for _, template := range []string{"fixed", "{{truncate 1 .RandomSuffix}}", "{{unix_time}}", "{{.DisplayName}}",
+			"{{.RandomSuffix}}-{{.DisplayName}}", "{{.DisplayName}}-{{.RandomSuffix}}"} {
+			text, _ := json.Marshal(role{ProjectID: "proj_sim", ServiceAccountNameTemplate: template, MaxTTL: 2 * time.Hour})
+			e.put("roles/old", string(text))
+			for _, e.DisplayName = range []string{"token", "", "…", "---", strings.Repeat("x", 99), other, "{{.}}\r\x00"} {
+				for range 10 {
+					data := e.lease("old").Data
+					name := data["service_account"].(string)
+					accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
+					same(t, "account at OpenAI", accounts[len(accounts)-1].Name, name)
+					tag, end, ok := parseName(name)
+					if want := endOf(time.Now(), 2*time.Hour); !ok || tag != mount || !end.Equal(want) || seen[name] {
+						t.Errorf("%q for %q: got %s, want a new name of %s and %s", template, e.DisplayName, name, mount, want)
+					}
+					seen[name] = true
+					time.Sleep(13 * time.Second)
+				}
+			}
+		}
+	})
+}
+
+// TestNameProject: a project's name costs a call where a template uses it, once.
+func TestNameProject(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.ok("roles/named", fields{"project_id": "proj_sim", "service_account_name_template": "{{.ProjectName}}"})
+	e.Restart()
+	e.wire.sent()
+	for i, want := range []int{2, 1, 1} {
+		name := e.lease("named").Data["service_account"].(string)
+		same(t, "prefix of the name", name[:len(name)-suffixLength], "Simulated-project-")
+		same(t, fmt.Sprint("calls for credential ", i), len(e.wire.sent()), want)
+	}
+}
+
+// FuzzNameTemplate: a template is refused, or gives valid names that end in the suffix.
+func FuzzNameTemplate(f *testing.F) {
+	for _, template := range []string{defaultNameTemplate, "", "{{", "{{.DisplayName | truncate 5}}{{random 12}}",
+		"{{.DisplayName}}", "{{with $x := .RandomSuffix}}{{$x}}{{else}}{{end}}", "{{timestamp \"2006\"}}", "{{uuid}}",
+		"{{slice .RandomSuffix 2 5}}", "{{index .RandomSuffix 1}}", "{{len .}}", "{{- /* x */ -}} {{.RandomSuffix}}"} {
+		f.Add("web", template, "token")
+		f.Add("w.e-b_1", template, "oidc-Jané\x00{{.X}}-abc234gzzzz234567ab"+strings.Repeat("long", 40))
+	}
+	unbounded := regexp.MustCompile(`range|define|template|block|print|html|js|urlquery|replace|base64.*64|random.*\d{3}`)
+	f.Fuzz(func(t *testing.T, role, template, who string) {
+		if unbounded.MatchString(template) {
+			return // who writes a role can make these as large as memory
+		}
+		suffix := newSuffix("abc234", time.Now())
+		name, err := renderName(template, nameData{RoleName: role, RandomSuffix: suffix, ProjectID: "proj", DisplayName: who})
+		if err == nil && !regexp.MustCompile(`^[A-Za-z0-9_-]{1,44}-`+suffix+`$`).MatchString(name) {
+			t.Errorf("template %q: got name %q", template, name)
+		}
+	})
+}
+
+// credKind is a kind of role.
+type credKind struct {
+	name       string
+	scopes     string
+	account    string // the existing account's role; empty: each key gets an account of its own
+	calls      int    // to OpenAI for a credential
+	unexpiring bool
+}
+
+// credKinds are the kinds of roles, each with and without key expiry, by name.
+var credKinds = func() map[string]credKind {
+	all := map[string]credKind{}
+	for _, k := range []credKind{
+		{name: "plain", calls: 1},
+		{name: "scoped", scopes: "api.responses.write", calls: 3},
+		{name: "existing account", account: "member", calls: 1},
+		{name: "existing account with scopes", scopes: "api.responses.write", account: "owner", calls: 1},
+		{name: "existing account without a role", account: "none", calls: 1},
+	} {
+		all[k.name] = k
+		k.unexpiring = true
+		all[k.name+" without expiry"] = k
+	}
+	return all
+}()
+
+// write writes the role "r" of this kind.
+func (k credKind) write(e *env) {
+	e.t.Helper()
+	role := map[string]any{
+		"project_id": "proj_sim", "max_ttl": "2h", "scopes": k.scopes, "enforce_key_expiry": !k.unexpiring,
+	}
+	if k.account != "" {
+		role["service_account_id"] = e.sim.AddServiceAccount(openaisim.DefaultProject, "there", k.account)
+	}
+	e.ok("roles/r", role)
+}
+
+// have checks that OpenAI has n credentials of this kind, and nothing else but the existing account.
+func (k credKind) have(e *env, n int, when string) {
+	e.t.Helper()
+	accounts := n
+	if k.account != "" {
+		accounts = 1
+	}
+	e.have(accounts, n, when)
+}
+
+// keyExpires returns when OpenAI expires the first key, and the end that its name or its account's has.
+func (k credKind) keyExpires(e *env) (expires, end time.Time) {
+	key := e.sim.ProjectKeys(openaisim.DefaultProject)[0]
+	name := key.Name
+	if k.account == "" {
+		name = e.sim.ServiceAccounts(openaisim.DefaultProject)[0].Name
+	}
+	_, end, _ = parseName(name)
+	return key.Expires, end
+}
+
+// eachInBubble runs test on a configured mount in a bubble for each row of a table.
+func eachInBubble[T any](t *testing.T, table map[string]T, test func(t *testing.T, e *env, tt T)) {
+	for name, tt := range table {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, e *env) { test(t, e, tt) })
+		})
+	}
+}
+
+// eachCredKind is eachInBubble for the kinds of roles.
+func eachCredKind(t *testing.T, test func(t *testing.T, e *env, k credKind)) {
+	eachInBubble(t, credKinds, func(t *testing.T, e *env, k credKind) {
+		k.write(e)
+		test(t, e, k)
+	})
+}
+
+// callsFail makes the calls to OpenAI of a method ("": any) meet f from now on.
+func (e *env) callsFail(method string, f openaisim.Fault) {
+	f.Method, f.Times = method, -1
+	e.sim.Inject(f)
+}
+
+// failPuts is a fault of storage: the plugin's writes fail.
+func failPuts(verb, _ string) error { return map[string]error{"put": errStep}[verb] }
+
+// afterCalls has do called once, before the answer to the nth call to OpenAI arrives.
+func (e *env) afterCalls(n int, do func()) {
+	e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+		resp, err := send()
+		if n--; n == 0 {
+			do()
+		}
+		return resp, err
+	})
+}
+
+// remembers checks how many lost creates and clean-up entries there are, and that storage has nothing new else.
+func (e *env) remembers(lost, cleanups int, when string) {
+	e.t.Helper()
+	gotLost, got := len(e.b().lostSince(lostTime)), len(e.Storage.Keys(cleanupPrefix))
+	if gotLost != lost || got != cleanups || len(e.Storage.Keys("")) > 2+min(cleanups, 1) {
+		e.t.Errorf("%s: got %d lost creates, %d clean-up entries, and storage %q, want %d and %d",
+			when, gotLost, got, e.Storage.Keys(""), lost, cleanups)
+	}
+}
+
+// leaseRequest makes a request about a lease with this internal data, past Vault's own checks.
+func (e *env) leaseRequest(op logical.Operation, issued time.Time, internal map[string]any) error {
+	req := &logical.Request{Operation: op, Storage: e.Storage, Secret: &logical.Secret{InternalData: internal}}
+	req.Secret.IssueTime = issued
+	return failure(e.b().HandleRequest(context.Background(), req))
+}
+
+// must ends the test at an error.
+func (e *env) must(err error) {
+	e.t.Helper()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+}
+
+// failsWith checks that err has text.
+func (e *env) failsWith(what string, err error, text string) {
+	e.t.Helper()
+	if err == nil || !strings.Contains(err.Error(), text) {
+		e.t.Errorf("%s: got error %v, want %q", what, err, text)
+		return
+	}
+	e.noSecrets("an error", err.Error())
+}
+
+// TestCreds issues and revokes a credential of each kind of role, with exactly these requests; LIFE is a key's expiry.
+func TestCreds(t *testing.T) {
+	const (
+		keyless = `POST ACCOUNTS {"create_service_account_only":true,"name":"NAME"}` + "\n"
+		member  = `POST ACCOUNTS/ACCOUNT {"role":"member"}` + "\n"
+		owner   = `POST ACCOUNTS/ACCOUNT {"role":"owner"}` + "\n"
+		key     = `POST ACCOUNTS/ACCOUNT/api_keys {LIFE"name":"NAME"`
+		one     = `,"scopes":["api.a.read"]}`
+		two     = `,"scopes":["api.a.read","api.b.c"]}`
+		account = "DELETE ACCOUNTS/ACCOUNT"
+		only    = "DELETE KEYS/KEY"
+	)
+	type role = map[string]any
+	type row struct {
+		issue, revoke string // the requests to OpenAI
+		role          role
+	}
+	eachInBubble(t, map[string]row{
+		"own account": {`POST ACCOUNTS {LIFE"name":"NAME"}`, account, role{}},
+		"scoped":      {keyless + member + key + two, account, role{"scopes": "api.b.c,api.a.read"}},
+		"scoped, owner": {
+			keyless + owner + key + one, account, role{"scopes": "api.a.read", "service_account_role": "owner"}},
+		"existing":         {key + "}", only, role{"service_account_id": ""}},
+		"existing, scopes": {key + one, only, role{"service_account_id": "", "scopes": "api.a.read"}},
+	}, func(t *testing.T, e *env, tt row) {
+		there, role := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member"), tt.role
+		if role["service_account_id"] != nil {
+			role["service_account_id"] = there
+		}
+		for _, expiring := range []bool{true, false} {
+			role["enforce_key_expiry"] = expiring
+			e.ok("roles/web", role)
+			e.wire.sent()
+			l, issue := e.lease("web"), tt.issue
+			words := e.checkCredential(l, role)
+			if !expiring {
+				issue = strings.Replace(issue, "LIFE", "", 1)
+			}
+			if got := words.Replace(strings.Join(e.wire.sent(), "\n")); got != issue {
+				t.Errorf("requests:\n got %s\nwant %s", got, issue)
+			}
+			e.revoke(l)
+			if got := words.Replace(strings.Join(e.wire.sent(), "\n")); got != tt.revoke {
+				t.Errorf("requests of the revocation: got %s, want %s", got, tt.revoke)
+			}
+			e.have(1, 0, "after revocation")
+		}
+	})
+}
+
+// checkCredential checks that OpenAI has what the role says, and that the lease says so. It returns a replacer that
+// puts words in the place of ids and paths.
+func (e *env) checkCredential(l *vaultsim.Lease, role map[string]any) *strings.Replacer {
+	e.t.Helper()
+	keys, accounts := e.sim.ProjectKeys(openaisim.DefaultProject), e.sim.ServiceAccounts(openaisim.DefaultProject)
+	k, made := keys[0], accounts[len(accounts)-1]
+	name := made.Name
+	if role["service_account_id"] != nil {
+		name = k.Name
+	}
+	expires, text := l.Expires.Add(time.Minute), l.Expires.Add(time.Minute).UTC().Format(time.RFC3339)
+	if role["enforce_key_expiry"] == false {
+		expires, text = time.Time{}, ""
+	}
+	wantRole, _ := role["service_account_role"].(string)
+	tag, end, _ := parseName(name)
+	data, header := maps.Clone(l.Data), e.wire.header
+	delete(data, "api_key")
+	e.noSecrets("the lease besides api_key", fmt.Sprint(data))
+	for what, values := range map[string][2]any{
+		"owner":      {[]any{len(keys), k.ServiceAccountID, made.Role}, []any{1, made.ID, cmp.Or(wantRole, "member")}},
+		"name":       {[]any{tag, end}, []any{e.b().mountID, endOf(l.Issued, 24*time.Hour)}},
+		"key expiry": {k.Expires, expires},
+		"accepted":   {e.sim.Use(l.Data["api_key"].(string)), true},
+		"lease":      {[]any{l.Expires.Sub(l.Issued), l.MaxTTL, l.Renewable, l.Warnings}, "[1h0m0s 24h0m0s true []]"},
+		"headers": {
+			[]string{header.Get("User-Agent"), header.Get("OpenAI-Organization"), header.Get("Content-Type")},
+			[]string{"vault-plugin-secrets-openai", "org-sim", "application/json"},
+		},
+		"key sent": {header.Get("Authorization") == "Bearer "+e.config().AdminAPIKey, true},
+		"answer": {data, map[string]any{
+			"api_key_id": k.ID, "service_account": made.Name, "service_account_id": made.ID, "project_id": "proj_sim",
+			"organization_id": "org-sim", "scopes": k.Scopes, "expires_at": text,
+		}},
+	} {
+		if got, want := fmt.Sprint(values[0]), fmt.Sprint(values[1]); got != want {
+			e.t.Errorf("%s: got %s, want %s", what, got, want)
+		}
+	}
+	const project = "/organization/projects/proj_sim/"
+	return strings.NewReplacer(project+"service_accounts", "ACCOUNTS", project+"api_keys", "KEYS",
+		made.ID, "ACCOUNT", k.ID, "KEY", name, "NAME", `"expires_in_seconds":3660,`, "LIFE")
+}
+
+// TestCredsStorage: a thousand credentials of each kind cost one Get of storage for each issue and renewal, and nothing
+// else.
+func TestCredsStorage(t *testing.T) {
+	const n = 1000
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		leases := make([]*vaultsim.Lease, n)
+		count := func(want map[string]int, do func(i int) error) {
+			t.Helper()
+			e.Storage.ResetCounts()
+			for i := range leases {
+				e.must(do(i))
+			}
+			if got := e.Storage.Counts(); !maps.Equal(got, want) {
+				t.Errorf("storage operations for %d: got %v, want %v", n, got, want)
+			}
+		}
+		gets := map[string]int{"get": n}
+		count(gets, func(i int) (err error) { leases[i], err = e.Issue("creds/r", nil); return err })
+		count(gets, func(i int) error { return e.Renew(leases[i], 0) })
+		k.have(e, n, "after the renewals")
+		count(map[string]int{}, func(i int) error { return e.Revoke(leases[i]) })
+		k.have(e, 0, "after the revocations")
+		e.remembers(0, 0, "in the end")
+	})
+}
+
+// TestCredsTTL: a lease has the TTL that was asked for, within the bounds of role and mount, and its key lives a
+// minute longer, but never longer than OpenAI's limit.
+func TestCredsTTL(t *testing.T) {
+	const hour, usual, year = time.Hour, 768 * time.Hour, 365 * 24 * time.Hour
+	for _, tt := range []struct {
+		ttl, maxTTL string
+		mount       time.Duration // its maximum; 0: it can't be had
+		asked       map[string]any
+		want        time.Duration
+	}{
+		{"1h", "24h", usual, nil, hour},
+		{"1h", "24h", usual, map[string]any{"ttl": 1}, time.Second},
+		{"1h", "24h", usual, map[string]any{"ttl": "24h"}, 24 * hour},
+		{"12h", "24h", 6 * hour, nil, 6 * hour},
+		{"1h", "24h", 6 * hour, map[string]any{"ttl": "7h"}, 6 * hour},
+		{"1h", "24h", 0, map[string]any{"ttl": "7h"}, 7 * hour},
+		{"365d", "365d", 10000 * hour, nil, year},
+	} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.ok("roles/web", map[string]any{"ttl": tt.ttl, "max_ttl": tt.maxTTL})
+			e.System.MaxLeaseTTLVal = tt.mount
+			l, err := e.Issue("creds/web", tt.asked)
+			e.must(err)
+			expires, _ := credKind{}.keyExpires(e)
+			ttl, over := l.Expires.Sub(l.Issued), expires.Sub(l.Expires)
+			warned := strings.Contains(fmt.Sprint(l.Warnings), "mount's maximum")
+			if ttl != tt.want || over != min(time.Minute, year-ttl) || warned != (tt.mount == 6*hour) {
+				t.Errorf("%+v: got %s, the key outlives it by %s, warnings %q", tt, ttl, over, l.Warnings)
+			}
+		})
+	}
+}
+
+// TestCredsRefused: what can't be had is the caller's mistake, with an error that says why, and nothing is made.
+func TestCredsRefused(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		refused := func(path string, ttl any, want string) {
+			t.Helper()
+			resp, err := e.Do(logical.ReadOperation, path, map[string]any{"ttl": ttl})
+			e.refusal(resp, err, want)
+		}
+		for _, ttl := range []any{86401, 0, "", "-1h", "soon", int64(math.MaxInt64), map[string]any{"k": "sk-x"}} {
+			refused("creds/web", ttl, "ttl")
+		}
+		refused("creds/none", 1, `role "none"`)
+		e.op(logical.DeleteOperation, "config", nil)
+		refused("creds/web", 1, "not configured")
+		e.have(0, 0, "after refusals")
+	})
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		e.sim.SetMaxKeyLife(600) // OpenAI caps the life of keys
+		resp, err := e.Do(logical.ReadOperation, "creds/r", nil)
+		e.refusal(resp, err, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
+		e.ok("roles/r", map[string]any{"enforce_key_expiry": true})
+		_, err = e.Issue("creds/r", map[string]any{"ttl": 540})
+		e.must(err)
+	})
+}
+
+// TestCredsFailed is about what a caller sees, and what is left at OpenAI and remembered, when OpenAI fails a
+// credential's creation. What has an id is undone at once.
+func TestCredsFailed(t *testing.T) {
+	type fault = openaisim.Fault
+	type row struct {
+		fault
+		want    string // in the error; empty: a credential
+		mistake bool   // of the caller
+		lost    bool   // it is remembered
+	}
+	lost := func(want string, f fault) row { return row{fault: f, want: want, lost: true} }
+	body := func(text string) row { return lost("lacks", fault{Status: 200, Body: text, Process: true}) }
+	refused := func(status int, mistake bool) row {
+		return row{fault: fault{Status: status}, want: fmt.Sprint(status), mistake: mistake}
+	}
+	scoped := func(want string, mistake bool, f fault) row {
+		f.Path = map[string]string{"role": "/service_accounts/[^/]+$", "API key": "/api_keys$"}[want]
+		return row{fault: f, want: "creating " + want, mistake: mistake}
+	}
+	eachInBubble(t, map[string]row{
+		"refused connection":      {fault: fault{Kind: "refuse"}, want: "connection refused"},
+		"limited without end":     refused(429, false),
+		"hanging":                 lost("timed out", fault{Kind: "hang", Process: true}),
+		"malformed":               lost("not the JSON", fault{Kind: "malformed", Process: true}),
+		"no key":                  body(`{"id":"svc_acct_1","api_key":null}`),
+		"no value":                body(`{"id":"svc_acct_1","api_key":{"id":"key_1"}}`),
+		"id not fit for a URL":    body(`{"id":"a/../b","api_key":{"id":"key_1","value":"sk-x"}}`),
+		"neither expiry nor time": {fault: fault{Status: 200, Body: `{"id":"s","api_key":{"id":"k","value":"sk-x"}}`}},
+		"bad request":             refused(400, true),
+		"refused key":             refused(401, false),
+		"role refused":            scoped("role", true, fault{Status: 400}),
+		"role malformed":          scoped("role", false, fault{Kind: "malformed", Process: true}),
+		"key refused":             scoped("API key", true, fault{Status: 400}),
+		"key hanging":             scoped("API key", false, fault{Kind: "hang", Process: true}),
+	}, func(t *testing.T, e *env, tt row) {
+		if tt.Path != "" {
+			e.ok("roles/web", map[string]any{"scopes": "api.a.read"})
+		}
+		tt.Method, tt.Times = http.MethodPost, cmp.Or(tt.Times, -1)
+		e.sim.Inject(tt.fault)
+		start := time.Now()
+		resp, err := e.Do(logical.ReadOperation, "creds/web", nil)
+		if took := time.Since(start); took > requestTimeout+undoTimeout {
+			t.Errorf("took %s, want %s at most", took, requestTimeout+undoTimeout)
+		}
+		made := map[bool]int{true: 1, false: 0}
+		want := made[tt.want == "" && tt.Status != 200] // 200 is a gateway's answer
+		if failed := failure(resp, err); tt.want == "" {
+			e.must(failed)
+			warned, works := len(resp.Warnings) == 1, e.sim.Use(resp.Data["api_key"].(string))
+			if warned != (want == 0) || works == warned {
+				t.Errorf("got warnings %q, want one where the key does not expire; accepted: %v", resp.Warnings, works)
+			}
+		} else {
+			e.failsWith("creds", failed, tt.want)
+			id := strings.Contains(failed.Error(), "request id req_")
+			if tt.mistake != resp.IsError() || tt.Status >= 400 && !id {
+				t.Errorf("got %v, want the caller's mistake: %v, and the request's id", failed, tt.mistake)
+			}
+		}
+		e.have(max(want, made[tt.lost && tt.Process]), max(want, made[tt.lost && tt.Process]), "at once")
+		e.remembers(made[tt.lost], 0, "at once")
+		e.sim.ClearFaults()
+		e.Run(4 * time.Minute)
+		e.have(want, want, "four minutes later")
+		e.lease("web")
+	})
+}
+
+// handsOut tells whether a credential must be handed out although the fault befell this step: 1 and 2 read role and
+// config, then come the calls.
+func (k credKind) handsOut(fault stepFault, step int) bool {
+	again := k.calls == 3 && step == 4 // to set the account's role does no harm a second time
+	return !fault.all && !fault.cancel && step > 2 && (again || fault.refused || fault.status == 429)
+}
+
+// TestCredsFaults: whatever issuing a credential meets at whatever step, minutes later OpenAI has nothing that was not
+// handed out, or after a crash by the end in its name and 75 minutes; what was handed out works until its end. A key
+// that is not restricted as the role says never exists.
+func TestCredsFaults(t *testing.T) {
+	for name, k := range credKinds {
+		t.Run(name, func(t *testing.T) {
+			everyStep(t, 2+k.calls, func(t *testing.T, fault stepFault, at int) bool {
+				e := newConfiguredEnv(t)
+				k.write(e)
+				e.Restart() // so that config is read
+				restricted := func() {
+					for _, key := range e.sim.ProjectKeys(openaisim.DefaultProject) {
+						if got := strings.Join(key.Scopes, ","); got != k.scopes {
+							t.Errorf("a key has the scopes %q, want %q", got, k.scopes)
+						}
+					}
+				}
+				var l *vaultsim.Lease
+				var err error
+				start := time.Now()
+				reached := e.atStep(fault, at, restricted, func(ctx context.Context) {
+					l, err = e.IssueContext(ctx, "creds/r", nil)
+				})
+				if want := !reached || k.handsOut(fault, at); (err == nil) != want {
+					t.Fatalf("creds: got error %v, want a credential: %v", err, want)
+				}
+				if err == nil {
+					e.livesOn(k, l)
+					return reached
+				}
+				e.noSecrets("an error", err.Error())
+				if !fault.all && (fault.arrives || k.calls == 3 && at >= 4) {
+					k.have(e, 0, "at once, since the ids are known")
+				}
+				if fault.crash {
+					e.Run(time.Until(endOf(start, 2*time.Hour).Add(75 * time.Minute)))
+				} else {
+					e.Run(4 * time.Minute)
+				}
+				k.have(e, 0, "later")
+				if got := fmt.Sprint(e.Storage.Keys("")); got != "[config roles/]" {
+					t.Errorf("storage: got %s, want config and roles only", got)
+				}
+				return reached
+			})
+		})
+	}
+}
+
+// livesOn checks that a lease's key works until the lease ends, and is gone then.
+func (e *env) livesOn(k credKind, l *vaultsim.Lease) {
+	e.t.Helper()
+	e.Run(time.Until(l.Expires) - time.Second)
+	k.have(e, 1, "while the lease lives")
+	if !e.sim.Use(l.Data["api_key"].(string)) && k.account != "none" {
+		e.t.Error("a second before its lease's end the key is not accepted")
+	}
+	e.Run(time.Minute)
+	k.have(e, 0, "after the lease")
+	e.remembers(0, 0, "after the lease")
+}
+
+// TestCredsUndone: when the request ends while its last answer arrives, the credential is deleted at once. Where that
+// fails it is remembered, also over a crash, and where nothing can be stored it goes as a lost create or by its end.
+func TestCredsUndone(t *testing.T) {
+	fails := openaisim.Fault{Method: http.MethodDelete, Times: -1}
+	for name, tt := range map[string]struct {
+		fault                openaisim.Fault
+		storage              func(verb, key string) error
+		left, lost, cleanups int // at once
+	}{
+		"undone":            {openaisim.Fault{Path: "^none$"}, nil, 0, 0, 0},
+		"stored":            {fails, nil, 1, 0, 1},
+		"stored, crash":     {fails, nil, 1, 0, 1},
+		"not stored":        {fails, failPuts, 1, 1, 0},
+		"not stored, crash": {fails, failPuts, 1, 1, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				e.afterCalls(k.calls, cancel)
+				e.sim.Inject(tt.fault)
+				e.Storage.SetFault(tt.storage)
+				if _, err := e.IssueContext(ctx, "creds/r", nil); !errors.Is(err, context.Canceled) {
+					t.Errorf("creds: got %v, want that the request was cancelled", err)
+				}
+				k.have(e, tt.left, "at once")
+				e.remembers(tt.lost, tt.cleanups, "at once")
+				e.sim.ClearFaults()
+				e.Storage.SetFault(nil)
+				within := 2 * time.Minute
+				if strings.HasSuffix(name, "crash") {
+					e.Crash()
+					within += time.Duration(tt.lost) * time.Until(endOf(time.Now(), 2*time.Hour).Add(75*time.Minute))
+				}
+				e.Run(within)
+				k.have(e, 0, "in the end")
+				e.remembers(0, 0, "in the end")
+			})
+		})
+	}
+}
+
+// TestCredsClock: with a clock that is behind OpenAI's by more than a few minutes there is no credential, since its
+// name would have too early an end; the error says so, and nothing is left. A clock that is ahead does no harm.
+func TestCredsClock(t *testing.T) {
+	for behind, want := range map[time.Duration]bool{
+		-24 * time.Hour: true, clockTolerance: true, clockTolerance + 3*time.Minute: false, 24 * time.Hour: false,
+	} {
+		eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+			e.sim.Advance(behind)
+			key, id := e.sim.AddAdminKey("of this time")
+			e.configure(map[string]any{"admin_api_key": key, "admin_api_key_id": id})
+			l, err := e.Issue("creds/r", nil)
+			if want {
+				e.must(err)
+				e.livesOn(k, l)
+				return
+			}
+			e.failsWith("creds", err, "clock is behind OpenAI's")
+			k.have(e, 0, "at once")
+			e.remembers(0, 0, "at once")
+		})
+	}
+}
+
+// TestCredsTooOld: when the clock jumps while OpenAI is asked, so that the lease could go past the end in the name,
+// nothing is handed out. In a suspended machine the request's own clock stands still, which no bubble can show.
+func TestCredsTooOld(t *testing.T) {
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		e.afterCalls(k.calls, func() { time.Sleep(3*time.Minute + time.Second) })
+		_, err := e.Issue("creds/r", map[string]any{"ttl": "2h"})
+		e.failsWith("creds", err, "too old")
+		k.have(e, 0, "at once")
+	})
+}
+
+// TestCredsRenewal: each renewal moves the key's expiry at OpenAI with its lease's end, but never past the longest
+// life. However long it waits, the key outlives the lease that Vault makes of the answer, and ends before tidy takes
+// its account for left behind.
+func TestCredsRenewal(t *testing.T) {
+	none, after := openaisim.Fault{Path: "^none$"}, http.Header{"Retry-After": {"48"}}
+	limited := openaisim.Fault{Status: 429, Header: after}
+	for name, tt := range map[string]struct {
+		latency time.Duration
+		fault   openaisim.Fault
+		calls   int
+		over    time.Duration // how long at most a key outlives its lease
+	}{
+		"quick":         {6 * time.Second, none, 1, keyGrace + 6*time.Second},
+		"slow answer":   {24 * time.Second, none, 1, keyGrace + 24*time.Second},
+		"slow errors":   {20 * time.Second, openaisim.Fault{Times: 2}, 3, keyGrace + requestTimeout},
+		"limited":       {0, limited, 2, keyGrace + requestTimeout},
+		"limited, slow": {12 * time.Second, limited, 2, keyGrace + requestTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+				e.ok("roles/r", map[string]any{"max_ttl": "4h"})
+				e.System.MaxLeaseTTLVal = 3 * time.Hour
+				e.sim.SetLatency(6 * time.Second)
+				l := e.lease("r")
+				e.sim.SetLatency(tt.latency)
+				for _, step := range []struct{ wait, increment, want time.Duration }{ // want: the TTL, if that is left
+					{1500 * time.Millisecond, 0, time.Hour},
+					{45 * time.Minute, 0, time.Hour},
+					{time.Minute, 10 * time.Minute, 10 * time.Minute},
+					{8 * time.Minute, 2 * time.Hour, 2 * time.Hour},
+					{100 * time.Minute, 0, time.Hour},
+					{18 * time.Minute, 0, time.Hour},
+				} {
+					time.Sleep(step.wait)
+					e.sim.Inject(tt.fault)
+					e.wire.sent()
+					e.must(e.Renew(l, step.increment))
+					ttl, want := time.Until(l.Expires), min(step.want, time.Until(l.Issued.Add(3*time.Hour)))
+					if off := ttl - want; off.Abs() > time.Second {
+						t.Errorf("after %s: got ttl %s, want %s", time.Since(l.Issued), ttl, want)
+					}
+					expires, end := k.keyExpires(e)
+					over, sent := expires.Sub(l.Expires), e.wire.sent()
+					fits := over >= 0 && over <= tt.over && expires.Before(end.Add(tidyMargin)) && len(sent) == tt.calls
+					if k.unexpiring {
+						fits = expires.IsZero() && len(sent) == 0
+					}
+					if !fits {
+						t.Errorf("after %s: got requests %q and a key that outlives its lease by %s, until %s; end %s",
+							time.Since(l.Issued), sent, over, expires, end)
+					}
+					e.sim.ClearFaults()
+				}
+			})
+		})
+	}
+}
+
+// TestCredsMaxTTLChanged: raising a role's max_ttl does not lengthen leases that are out, beyond the end in their
+// names, and lowering it shortens them.
+func TestCredsMaxTTLChanged(t *testing.T) {
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		l := e.lease("r") // max_ttl 2h
+		_, end := k.keyExpires(e)
+		renew := func(wait, latest time.Duration) {
+			t.Helper()
+			e.Run(wait)
+			e.must(e.Renew(l, 10*time.Hour))
+			expires, _ := k.keyExpires(e)
+			bound := l.Issued.Add(latest)
+			if l.MaxTTL > latest || !l.Expires.Equal(bound) || expires.After(bound.Add(keyGrace)) {
+				t.Fatalf("after %s: got max_ttl %s, a lease until %s and a key until %s, want %s at most",
+					time.Since(l.Issued), l.MaxTTL, l.Expires, expires, latest)
+			}
+		}
+		renew(time.Minute, 2*time.Hour)
+		e.ok("roles/r", map[string]any{"max_ttl": "90m"})
+		renew(time.Minute, 90*time.Minute)
+		e.ok("roles/r", map[string]any{"max_ttl": "1m", "ttl": "1m"})
+		e.failsWith("renewal after the new max_ttl", e.Renew(l, 0), "can't be renewed")
+		e.ok("roles/r", map[string]any{"max_ttl": "48h", "ttl": "12h"})
+		latest := end.Add(-keyGrace).Sub(l.Issued) // a minute or two more than 2h
+		renew(time.Minute, latest)
+		renew(70*time.Minute, latest)
+		renew(time.Until(l.Expires)-2*time.Second, latest) // close to the end
+		e.Run(time.Minute)
+		k.have(e, 0, "after the lease")
+	})
+}
+
+// TestCredsPastEnd: a lease that is past its end, or was issued after it as Vault's clock has it, can't be renewed, and
+// OpenAI is not asked.
+func TestCredsPastEnd(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		issued, internal := time.Now(), e.get("creds/web").Secret.InternalData
+		_, end := credKind{}.keyExpires(e)
+		hour, last := issued.Add(time.Hour), end.Add(-keyGrace)
+		for _, tt := range []struct {
+			at, issued time.Time
+			calls      int // 0: it can't be renewed
+		}{
+			{hour, issued, 1},
+			{hour, last.Add(-time.Second), 1},
+			{hour, last.Add(-time.Second / 2), 0}, // half a second is no TTL
+			{hour, last.Add(48 * time.Hour), 0},
+			{last, issued, 0},
+			{end.Add(time.Hour), issued, 0},
+		} {
+			time.Sleep(time.Until(tt.at))
+			e.wire.sent()
+			if err := e.leaseRequest(logical.RenewOperation, tt.issued, internal); tt.calls == 0 {
+				e.failsWith("renew", err, "can't be renewed")
+			} else {
+				e.must(err)
+			}
+			if sent := e.wire.sent(); len(sent) != tt.calls {
+				t.Errorf("%+v: got requests %q", tt, sent)
+			}
+		}
+	})
+}
+
+// TestCredsRenewalRefused: what can't be renewed is an error, and lease and key keep their ends.
+func TestCredsRenewalRefused(t *testing.T) {
+	type row struct {
+		want    string
+		inner   bool // not the caller's mistake
+		prepare func(*env)
+	}
+	fails := func(f openaisim.Fault) func(*env) { return func(e *env) { e.callsFail("", f) } }
+	storage := func(e *env) { e.Storage.SetFault(func(string, string) error { return errStep }) }
+	eachInBubble(t, map[string]row{
+		"deleted role": {`role "web"`, false, func(e *env) { e.op(logical.DeleteOperation, "roles/web", nil) }},
+		"no config":    {"not configured", false, func(e *env) { e.op(logical.DeleteOperation, "config", nil) }},
+		"expired key":  {"Expired", false, func(e *env) { e.sim.Advance(2 * time.Hour) }},
+		"policy":       {"ttl and max_ttl", false, func(e *env) { e.sim.SetMaxKeyLife(600) }},
+		"unreachable":  {"no answer from", true, fails(openaisim.Fault{Kind: "refuse"})},
+		"server error": {"500", true, fails(openaisim.Fault{Status: 500})},
+		"deleted key":  {"404", false, fails(openaisim.Fault{Status: 404})},
+		"storage":      {errStep.Error(), true, storage},
+	}, func(t *testing.T, e *env, tt row) {
+		l := e.lease("web")
+		before, ends := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject)), l.Expires
+		tt.prepare(e)
+		err := e.Renew(l, 0)
+		e.failsWith("renew", err, tt.want)
+		// Of an error response Vault has the text only.
+		if inner := errors.As(err, new(*apiError)) || errors.Is(err, errStep); inner != tt.inner {
+			t.Errorf("got %v as an inner error: %v, want %v", err, inner, tt.inner)
+		}
+		if got := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject)); got != before || !l.Expires.Equal(ends) {
+			t.Errorf("got keys %s and a lease until %s, want %s and %s", got, l.Expires, before, ends)
+		}
+	})
+}
+
+// TestCredsRevokeGone: what is gone already is revoked, as is what OpenAI fails to delete three times in a row. What
+// may still be there is not, and is remembered.
+func TestCredsRevokeGone(t *testing.T) {
+	type fault = openaisim.Fault
+	gone := fault{Status: 404, Body: `{"error":{"message":"No such project","type":"invalid_request_error"}}`}
+	type row struct {
+		want    string // of the error; empty: revoked
+		prepare func(*env)
+	}
+	all := func(f fault) func(*env) { return func(e *env) { e.callsFail("", f) } }
+	deletions := func(f fault) func(*env) { return func(e *env) { e.callsFail("DELETE", f) } }
+	thrice := func(f fault) row {
+		f.Method, f.Times = "DELETE", 3
+		return row{"", func(e *env) { e.sim.Inject(f) }}
+	}
+	for _, kind := range []string{"plain", "existing account"} {
+		eachInBubble(t, map[string]row{
+			"errors":            thrice(fault{Status: 500}),
+			"limited":           thrice(fault{Status: 429, Header: http.Header{"Retry-After": {"5"}}}),
+			"closed":            thrice(fault{Kind: "close"}),
+			"deleted already":   thrice(fault{Kind: "close", Process: true}),
+			"project archived":  {"", func(e *env) { e.sim.ArchiveProject(openaisim.DefaultProject) }},
+			"project deleted":   {"", all(gone)},
+			"project forgotten": {"", func(e *env) { deletions(fault{Status: 400})(e); e.callsFail("GET", gone) }},
+			"project is active": {"400", deletions(fault{Status: 400})},
+			"no access":         {"403", all(fault{Status: 403})},
+			"another server":    {"404", all(fault{Status: 404, Body: "<html>no such page"})},
+			"not confirmed":     {"lacks", deletions(fault{Status: 200, Body: `{"deleted":false}`})},
+			"no config":         {"not configured", func(e *env) { e.op(logical.DeleteOperation, "config", nil) }},
+			"mistyped endpoint": {"404", func(e *env) {
+				e.configure(map[string]any{"api_endpoint": "https://api.openai.com/v2", "verify_connection": false})
+			}},
+		}, func(t *testing.T, e *env, tt row) {
+			credKinds[kind].write(e)
+			l := e.lease("r")
+			tt.prepare(e)
+			start := time.Now()
+			if err := e.Revoke(l); tt.want != "" {
+				e.failsWith("revoke", err, tt.want)
+			} else if took := time.Since(start); err != nil || took > 20*time.Second {
+				t.Errorf("revoke: got %v after %s, want success within 20s", err, took)
+			}
+			if got := len(e.Storage.Keys(cleanupPrefix)); (got == 1) != (tt.want != "") {
+				t.Errorf("clean-up entries: got %d, want one only for what may be there", got)
+			}
+		})
+	}
+}
+
+// TestCredsRevokeHandedOver: a revocation that keeps failing, in whatever way, is remembered, and after its fifth
+// failure it is the plugin's alone, which tries until OpenAI confirms. Failures of the plugin's own tries do not count.
+func TestCredsRevokeHandedOver(t *testing.T) {
+	for _, kind := range []string{"plain", "existing account"} {
+		eachInBubble(t, map[string]openaisim.Fault{
+			"500": {}, "429": {Status: 429}, "401": {Status: 401}, "hang": {Kind: "hang"}, "refuse": {Kind: "refuse"},
+			"429 for 20s": {Status: 429, Header: http.Header{"Retry-After": {"20"}}},
+		}, func(t *testing.T, e *env, fault openaisim.Fault) {
+			credKinds[kind].write(e)
+			secret := e.get("creds/r").Secret
+			l, err := leaseOf(secret)
+			e.must(err)
+			e.callsFail("", fault)
+			for attempt := 1; attempt <= maxRevokeFailures+1; attempt++ {
+				start := time.Now()
+				err := e.leaseRequest(logical.RevokeOperation, start, secret.InternalData)
+				if took := time.Since(start); (err == nil) != (attempt >= maxRevokeFailures) || took > 70*time.Second {
+					t.Errorf("attempt %d: got %v after %s, want an error up to the fourth, in 70s", attempt, err, took)
+				}
+				var entry cleanup
+				_ = json.Unmarshal([]byte(e.Storage.All()[cleanupPrefix+l.id()]), &entry)
+				taken := e.get("metrics").Data[metricPrefix+"revocations_handed_over_total"]
+				lines, over := e.Log.Count("error", l.id()), max(0, attempt-maxRevokeFailures+1)
+				if entry.Failures != attempt || lines != over || taken != float64(over) {
+					t.Errorf("attempt %d: the entry has %d failures, the log %d errors, the metric %v, want %d there",
+						attempt, entry.Failures, lines, taken, over)
+				}
+				e.Run(5 * time.Minute) // sweep tries, and fails
+			}
+			e.Restart()
+			e.sim.ClearFaults()
+			e.Run(time.Minute)
+			e.idle()
+			credKinds[kind].have(e, 0, "after OpenAI has recovered")
+			e.remembers(0, 0, "in the end")
+		})
+	}
+}
+
+// TestCredsRevokeStorageFault: where the failure can't be remembered Vault is told of both, and keeps the lease. When
+// it has given up, tidy deletes the account after the end in its name.
+func TestCredsRevokeStorageFault(t *testing.T) {
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		e.ok("roles/r", map[string]any{"ttl": "5m", "max_ttl": "1h"})
+		l := e.lease("r")
+		e.callsFail(http.MethodDelete, openaisim.Fault{Status: 403})
+		e.Storage.SetFault(failPuts)
+		if err := e.Revoke(l); !errors.Is(err, errStep) || !isStatus(err, http.StatusForbidden) {
+			t.Errorf("revoke: got %v, want both failures", err)
+		}
+		e.Run(30 * time.Minute)
+		if !l.Irrevocable {
+			t.Errorf("got %d failed attempts, want that Vault has given up", l.Attempts)
+		}
+		e.Storage.SetFault(nil)
+		e.sim.ClearFaults()
+		e.Run(30 * time.Minute)
+		k.have(e, 1, "before the end in the name")
+		e.Run(80 * time.Minute)
+		k.have(e, 0, "after it")
+		e.remembers(0, 0, "in the end")
+	})
+}
+
+// TestCredsOtherOrganization: to another organization's key nothing of the former one exists, which must not pass for
+// a revocation. When config has the former organization again, what is left goes.
+func TestCredsOtherOrganization(t *testing.T) {
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		internal, l := e.get("creds/r").Secret.InternalData, e.lease("r")
+		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Process: true, Path: "(service_accounts|api_keys)$"})
+		_, err := e.Issue("creds/r", nil)
+		e.failsWith("creds", err, "500")              // a lost create
+		e.callsFail("", openaisim.Fault{Status: 404}) // as OpenAI would say of the other organization's things
+		e.ok("config", map[string]any{
+			"organization_id": "org-other", "admin_api_key": "sk-admin-other", "admin_api_key_id": "key_other",
+			"verify_connection": false,
+		})
+		e.sim.ResetCalls()
+		for attempt := 1; attempt < maxRevokeFailures; attempt++ {
+			err := e.leaseRequest(logical.RevokeOperation, time.Now(), internal)
+			e.failsWith("revoke", err, openaisim.DefaultOrganization)
+		}
+		e.must(e.leaseRequest(logical.RevokeOperation, time.Now(), internal)) // the plugin takes it over
+		if err := e.Renew(l, 0); !k.unexpiring {
+			e.failsWith("renew", err, openaisim.DefaultOrganization)
+		}
+		e.failsWith("revoke", e.Revoke(l), openaisim.DefaultOrganization)
+		e.Run(5 * time.Minute)
+		if calls := fmt.Sprint(e.sim.Calls()); strings.Contains(calls, openaisim.DefaultProject) {
+			t.Errorf("the other organization was asked about the project: %s", calls)
+		}
+		e.sim.ClearFaults()
+		e.configure(nil)
+		e.Run(2 * time.Minute)
+		k.have(e, 0, "after config has the former organization again")
+		e.remembers(0, 0, "in the end")
+	})
+}
+
+// TestCredsOrganizationChanges: when another node changes config's organization between two calls for a credential, the
+// read fails, nothing more is asked, and what was made goes when the former organization is back.
+func TestCredsOrganizationChanges(t *testing.T) {
+	for made, role := range []map[string]any{ // before the account is made, and after
+		{"service_account_name_template": "{{.ProjectName}}"}, {"scopes": "api.a.read"},
+	} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.ok("roles/web", role)
+			e.afterCalls(1, func() {
+				cfg := e.config()
+				cfg.OrganizationID = "org-other"
+				e.must(putJSON(t.Context(), e.Storage, configPath, cfg))
+				e.b().InvalidateKey(t.Context(), configPath) // as when another node has changed config
+			})
+			e.wire.sent()
+			_, err := e.Issue("creds/web", nil)
+			e.failsWith("creds", err, openaisim.DefaultOrganization)
+			if sent := e.wire.sent(); len(sent) != 1 {
+				t.Errorf("requests: got %q, want none after the change", sent)
+			}
+			e.have(made, 0, "while config has the other organization")
+			e.remembers(0, made, "while config has the other organization")
+			e.configure(nil)
+			e.Run(time.Minute)
+			e.idle()
+			e.have(0, 0, "after config has the former organization again")
+			e.remembers(0, 0, "in the end")
+		})
+	}
+}
+
+// TestCredsDuringRotation: a call that is under way when the admin key is rotated is repeated with the new key. Nothing
+// fails, and nothing is made twice.
+func TestCredsDuringRotation(t *testing.T) {
+	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
+		// during has the key rotated while a call of do is on its way to OpenAI.
+		during := func(call int, do func() error) {
+			t.Helper()
+			e.sim.ResetCalls()
+			n := 0
+			e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+				if n++; n == call { // the rotation's calls come after
+					e.ok("config/rotate", nil)
+				}
+				return send()
+			})
+			err := do()
+			refused := slices.DeleteFunc(e.sim.Calls(), func(c openaisim.Call) bool { return c.Status == 200 })
+			if err != nil || len(refused) != 1 || refused[0].Status != http.StatusUnauthorized {
+				t.Errorf("call %d: got error %v and failed calls %v, want one that was refused", call, err, refused)
+			}
+		}
+		for call := 1; call <= k.calls; call++ {
+			var l *vaultsim.Lease
+			during(call, func() (err error) { l, err = e.Issue("creds/r", nil); return err })
+			k.have(e, 1, "after the issue")
+			if !k.unexpiring {
+				during(1, func() error { return e.Renew(l, 0) })
+			}
+			during(1, func() error { return e.Revoke(l) })
+			k.have(e, 0, "after the revocation")
+		}
+		e.remembers(0, 0, "in the end")
+	})
+}
+
+// TestCredsOlderPlugin works with what the older plugin stored, an endpoint with a slash and perhaps no id of the admin
+// key, and revokes what it leased.
+func TestCredsOlderPlugin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		key, _ := e.sim.AdminKey()
+		e.put("config", `{"admin_api_key":"`+key+`","api_endpoint":"https://api.openai.com/v1/",`+
+			`"organization_id":"org-sim","last_rotated_time":"1999-12-31T12:00:00Z","rotation_period":2592000000000}`)
+		e.put("roles/web", `{"project_id":"proj_sim","ttl":7200000000000,"max_ttl":14400000000000,`+
+			`"service_account_name_template":"{{.RoleName}}-{{.RandomSuffix}}","service_account_description":"Made"}`)
+		l := e.lease("web")
+		if got := fmt.Sprint(l.Expires.Sub(l.Issued), l.MaxTTL); got != "2h0m0s 4h0m0s" {
+			t.Errorf("lease: got ttl and max_ttl %s", got)
+		}
+		ids := func(project, key, account any) map[string]any {
+			return map[string]any{"secret_type": "openai_api_key", // as it stands in Vault's storage
+				"project_id": project, "api_key_id": key, "service_account_id": account}
+		}
+		old := ids("proj_sim", l.Data["api_key_id"], l.Data["service_account_id"])
+		e.ok("config/rotate", nil)
+		e.failsWith("renew", e.leaseRequest(logical.RenewOperation, l.Issued, old), "role")
+		e.must(e.leaseRequest(logical.RevokeOperation, l.Issued, old))
+		e.have(0, 0, "after revocation")
+		for _, bad := range []map[string]any{
+			ids("proj_sim", nil, nil), ids("proj/../x", nil, "svc_acct_x"), ids(1, nil, nil),
+		} {
+			e.failsWith("revoke", e.leaseRequest(logical.RevokeOperation, l.Issued, bad), "lease")
+		}
+	})
+}
+
+const ours = openaisim.DefaultProject
+
+// addKey makes a key on an account of a project at OpenAI, as somebody else does.
+func (e *env) addKey(project, account, name string) string {
+	e.t.Helper()
+	body, _ := json.Marshal(map[string]string{"project": project, "account": account, "name": name})
+	resp, err := (&http.Client{Transport: e.sim.Transport()}).Post("http://sim/_sim/keys", "", bytes.NewReader(body))
+	var key struct{ ID string }
+	if err != nil || json.NewDecoder(resp.Body).Decode(&key) != nil || key.ID == "" {
+		e.t.Fatalf("making a key at OpenAI: %v", err)
+	}
+	return key.ID
+}
+
+// ended makes n accounts of the mount at OpenAI whose end has passed for so long, and returns their ids.
+func (e *env) ended(project string, n int, since time.Duration) (ids []string) {
+	for range n {
+		ids = append(ids, e.sim.AddServiceAccount(project, "web-"+newSuffix(e.b().mountID, time.Now().Add(-since)), "member"))
+	}
+	return ids
+}
+
+// names returns the names of the accounts and keys in the projects by their ids.
+func (e *env) names(projects ...string) map[string]string {
+	names := map[string]string{}
+	for _, p := range projects {
+		for _, a := range e.sim.ServiceAccounts(p) {
+			names[a.ID] = a.Name
+		}
+		for _, k := range e.sim.ProjectKeys(p) {
+			names[k.ID] = k.Name
+		}
+	}
+	return names
+}
+
+// quiet lets time pass until nothing works in the background any more.
+func (e *env) quiet() {
+	for !e.b().passMu.TryLock() {
+		time.Sleep(100 * time.Millisecond)
+	}
+	e.b().passMu.Unlock()
+}
+
+// look makes one tick, which must not take time, and waits for what it has begun.
+func (e *env) look() {
+	e.t.Helper()
+	start := time.Now()
+	e.Tick()
+	e.equal("time of a tick", time.Since(start), 0*time.Second)
+	e.quiet()
+}
+
+// tidied checks fields of an answer of tidy.
+func (e *env) tidied(resp *logical.Response, want fields) {
+	e.t.Helper()
+	for field, value := range want {
+		e.equal(field, resp.Data[field], value)
+	}
+}
+
+// tidy runs a pass by hand and checks fields of its answer.
+func (e *env) tidy(data, want fields) *logical.Response {
+	e.t.Helper()
+	resp := e.ok("tidy", data)
+	e.tidied(resp, want)
+	return resp
+}
+
+// loses reads a credential which OpenAI makes, but whose answer is lost.
+func (e *env) loses() {
+	e.t.Helper()
+	e.sim.Inject(openaisim.Fault{Method: "POST", Process: true})
+	_, err := e.Issue("creds/web", nil)
+	e.fails("a lost create", err, "500")
+}
+
+// tidyFault is something that can leave an account or key at OpenAI.
+type tidyFault struct {
+	name string
+	lost bool          // the plugin sees a create fail, and looks for it
+	late time.Duration // after this OpenAI carries the create out
+	meet func(e *env, before *vaultsim.Snapshot)
+}
+
+// lostPOST is a create whose answer is lost; late: OpenAI carries it out later, 0: at once.
+func lostPOST(name, path string, late time.Duration) tidyFault {
+	return tidyFault{name, late <= 2*time.Minute, late, func(e *env, _ *vaultsim.Snapshot) {
+		e.sim.Inject(openaisim.Fault{Method: "POST", Path: path, Kind: "close", Process: true, Late: late})
+		_, _ = e.Issue("creds/web", nil)
+	}}
+}
+
+// killed is a create after whose first POST a process ends, without that anything else is done.
+func killed(name string, kill func(e *env)) tidyFault {
+	return tidyFault{name: name, meet: func(e *env, _ *vaultsim.Snapshot) {
+		issue := func(ctx context.Context) { _, _ = e.IssueContext(ctx, "creds/web", nil) }
+		e.atStep(stepFault{effect: true, all: true}, 2, nil, issue)
+		kill(e)
+	}}
+}
+
+var tidyFaults = []tidyFault{
+	{name: "dropped answer", meet: func(e *env, _ *vaultsim.Snapshot) { e.DropNext(); _, _ = e.Issue("creds/web", nil) }},
+	lostPOST("lost answer", "(service_accounts|api_keys)$", 0),
+	lostPOST("lost answer of a key", "api_keys$", 0),
+	lostPOST("POST late by 2m", "(service_accounts|api_keys)$", 2*time.Minute),
+	lostPOST("POST of a key late by 2m", "api_keys$", 2*time.Minute),
+	lostPOST("POST late by 1h", "(service_accounts|api_keys)$", time.Hour),
+	lostPOST("POST late by a day", "(service_accounts|api_keys)$", 24*time.Hour),
+	killed("plugin killed", func(e *env) { e.Crash() }),
+	killed("Vault killed", func(e *env) { e.CrashVault() }),
+	{name: "snapshot of before the issue", meet: func(e *env, before *vaultsim.Snapshot) {
+		before = e.Snapshot()
+		e.lease("web")
+		e.Restore(before)
+	}},
+	{name: "snapshot of before the role", meet: func(e *env, before *vaultsim.Snapshot) {
+		e.lease("web")
+		e.Restore(before)
+	}},
+	{name: "revocation handed over", meet: func(e *env, _ *vaultsim.Snapshot) {
+		e.lease("web")
+		e.failing("DELETE", "projects", 403)
+		e.Run(2 * time.Hour) // it ends in the middle
+		e.sim.ClearFaults()
+		e.equal("handed over, and leases", fmt.Sprint(e.metric("revocations_handed_over_total"), len(e.Leases())), "1 0")
+	}},
+	{name: "mount disabled in trouble", meet: func(e *env, _ *vaultsim.Snapshot) {
+		e.lease("web")
+		e.failing("DELETE", "projects", 403)
+		tag := e.b().mountID
+		e.ForceDisable()
+		e.sim.ClearFaults()
+		other := newEnvOn(e.t, e.sim)
+		other.configure(nil)
+		other.tidy(fields{"mount_id": tag}, fields{"deleted": 0})
+		other.Run(75 * time.Minute)
+		other.quiet()
+		e.equal("something was deleted", other.tidy(fields{"mount_id": tag}, nil).Data["deleted"].(int) > 0, true)
+	}},
+}
+
+// TestTidyFaults: whatever fault befalls a credential of whatever kind of role, no account or key is there 75 minutes
+// after its end or, if OpenAI made it later, after that. The process that saw a create fail finds it within four ticks.
+func TestTidyFaults(t *testing.T) {
+	for kind, data := range map[string]fields{
+		"own account": {}, "scoped": {"scopes": "api.responses.write"}, "key": {},
+	} {
+		for i, fault := range append(tidyFaults, tidyFaults...) {
+			expiry := i < len(tidyFaults)
+			t.Run(fmt.Sprintf("%s/%s/expiry %v", fault.name, kind, expiry), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					e := newEnv(t)
+					e.configure(nil)
+					before := e.Snapshot()
+					role := fields{"project_id": ours, "ttl": "1h", "max_ttl": "1h", "enforce_key_expiry": expiry}
+					maps.Copy(role, data)
+					if shared := e.crowd(500); kind == "key" {
+						role["service_account_id"] = shared
+						for range 500 {
+							e.addKey(ours, shared, "other")
+						}
+					}
+					e.ok("roles/web", role)
+					others := len(e.names(ours))
+					left := func() int { return len(e.names(ours)) - others }
+					end := time.Now().Add(time.Hour + 3*time.Minute) // a request, a minute of grace, whole minutes
+
+					fault.meet(e, before)
+					if fault.lost && len(e.Leases()) == 0 {
+						e.Run(4 * time.Minute)
+						e.equal("accounts and keys after four ticks", left(), 0)
+					} else if fault.late == 0 && time.Now().Before(end) && left() == 0 {
+						t.Error("the fault left nothing, so that this shows nothing")
+					}
+					e.Run(max(fault.late, time.Until(end)) + 75*time.Minute)
+					e.equal("accounts and keys, leases, clean-up entries",
+						fmt.Sprint(left(), len(e.Leases()), len(e.Storage.Keys(cleanupPrefix))), "0 0 0")
+				})
+			})
+		}
+	}
+}
+
+// crowd makes n accounts of other people, and returns the id of the last one.
+func (e *env) crowd(n int) (id string) {
+	for i := range n {
+		id = e.sim.AddServiceAccount(ours, fmt.Sprint("other-", i), "member")
+	}
+	return id
+}
+
+// world is a mount to which random things happen, and which fails the test when it deletes what it must not.
+type world struct {
+	*env
+	r       *rand.Rand
+	tag     string
+	max     map[string]time.Duration // max_ttl by role
+	others  int                      // accounts and keys that other people made
+	offset  time.Duration            // of OpenAI's clock
+	running atomic.Bool              // Vault revokes leases at their end
+
+	mu      sync.Mutex
+	held    map[string]*held // by the id of what its revocation deletes
+	deleted int              // things that were there
+}
+
+// held is a lease that was issued.
+type held struct {
+	*vaultsim.Lease
+	role    string
+	until   time.Time // it can live until then
+	revoked bool      // its revocation has begun
+}
+
+func newWorld(t *testing.T, seed uint64) *world {
+	w := &world{env: newConfiguredEnv(t), r: rand.New(rand.NewPCG(seed, 0)), max: map[string]time.Duration{},
+		held: map[string]*held{}}
+	w.tag, w.others = w.b().mountID, 1
+	w.sim.AddProject("proj_b", "B")
+	w.edit("web", fields{"service_account_name_template": "{{.RandomSuffix}}x{{.DisplayName}}"})
+	w.edit("scoped", fields{"scopes": "api.responses.write", "service_account_name_template": "{{.DisplayName}}"})
+	w.edit("key", fields{"project_id": "proj_b",
+		"service_account_id": w.sim.AddServiceAccount("proj_b", "shared", "member")})
+	w.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+		if req.Method == "DELETE" {
+			w.judge(path.Base(req.URL.Path))
+		}
+		return send()
+	})
+	return w
+}
+
+// made tells whether the mount has asked OpenAI for a thing of this name.
+func (w *world) made(name string) bool {
+	w.wire.mu.Lock()
+	defer w.wire.mu.Unlock()
+	return slices.ContainsFunc(w.wire.requests, func(r string) bool { return strings.Contains(r, `"name":"`+name+`"`) })
+}
+
+// judge fails the test if the mount must not delete what has this id.
+func (w *world) judge(id string) {
+	name, there := w.names(ours, "proj_b")[id]
+	if !there {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.deleted++
+	h, now := w.held[id], time.Now()
+	switch {
+	case !w.made(name):
+		w.t.Errorf("DELETE of %q, which this mount (%s) has not made", name, w.tag)
+	case h != nil && (h.revoked || w.running.Load() && !h.Expires.After(now)):
+		h.revoked = true // by Vault, at its end
+	case h != nil && (now.Before(h.until) || now.Add(w.offset).Before(h.until)):
+		w.t.Errorf("DELETE of %q at %v (OpenAI: %v), under a lease until %v", name, now, now.Add(w.offset), h.until)
+	default:
+		for key, value := range w.Storage.All() {
+			if strings.HasPrefix(key, rolePrefix) && strings.Contains(value, `"`+id+`"`) {
+				w.t.Errorf("DELETE of %q, which %s names", name, key)
+			}
+		}
+	}
+}
+
+// edit writes a role with a random max_ttl.
+func (w *world) edit(role string, data fields) {
+	hours := pick(w.r, []int{1, 3, 12, 24, 48})
+	if w.max[role] == 0 && data["project_id"] == nil {
+		data["project_id"] = ours
+	}
+	data["ttl"], data["max_ttl"] = "30m", fmt.Sprintf("%dh", hours)
+	if resp, err := w.Write("roles/"+role, data); failure(resp, err) == nil { // else its account is gone
+		w.max[role] = time.Duration(hours) * time.Hour
+	}
+}
+
+func (w *world) issue() {
+	role := pick(w.r, slices.Sorted(maps.Keys(w.max)))
+	l, err := w.Issue("creds/"+role, fields{"ttl": pick(w.r, []string{"5m", "30m", "1h"})})
+	if err != nil {
+		return // the clock is behind, or the answer was to be lost
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.held[idOf(l)] = &held{Lease: l, role: role, until: time.Now().Add(w.max[role] + max(0, w.offset))}
+}
+
+// idOf returns the id of what a lease's revocation deletes.
+func idOf(l *vaultsim.Lease) string {
+	field := map[bool]string{false: "service_account_id", true: "api_key_id"}[strings.HasPrefix(l.Path, "creds/key")]
+	return l.Data[field].(string)
+}
+
+// change renews or revokes a lease.
+func (w *world) change(revoke bool) {
+	leases := w.Leases()
+	if len(leases) == 0 {
+		return
+	}
+	l := pick(w.r, leases)
+	w.mu.Lock()
+	h := w.held[idOf(l)]
+	h.revoked = h.revoked || revoke
+	w.mu.Unlock()
+	if revoke {
+		if w.r.IntN(3) == 0 {
+			w.failing("DELETE", "", 403)
+		}
+		_ = w.Revoke(l)
+		w.sim.ClearFaults()
+		return
+	}
+	w.edit(h.role, fields{})
+	for range pick(w.r, []int{1, 1, 1, 8}) {
+		_ = w.Renew(l, 0) // OpenAI's clock may be past the key's end
+		w.mu.Lock()
+		h.until = h.until.Add(max(0, l.Expires.Sub(h.until)))
+		w.mu.Unlock()
+		w.run(w.r.IntN(28))
+	}
+}
+
+// suffix is one of a tag, with an end that has passed or not. Its own end never makes "sk-", like a key.
+func (w *world) suffix(tag string) string {
+	return newSuffix(tag, time.Now().Add(time.Duration(w.r.IntN(100)-90)*time.Hour))[:suffixLength-1] + "a"
+}
+
+// stranger makes an account with a key of other people, with a name that is like those of this mount.
+func (w *world) stranger() {
+	other := w.suffix(pick(w.r, []string{"abcdef", mountID("other"), w.tag[1:] + "a"}))
+	past := newSuffix(w.tag, time.Now().Add(-90*time.Hour))
+	name := pick(w.r, []string{
+		"web-" + other, "web-" + past + "-" + other, "web-" + past + "-2", "web-" + past + "x", "web" + past,
+		"web-" + strings.ToUpper(past), past, "-" + past + "-", "web-" + past[:len(past)-1],
+	})
+	project := pick(w.r, []string{ours, "proj_b"})
+	w.addKey(project, w.sim.AddServiceAccount(project, name, "member"), name)
+	w.others += 2
+}
+
+// name makes a role name an account that this mount has made.
+func (w *world) name() {
+	accounts := slices.DeleteFunc(w.sim.ServiceAccounts(ours),
+		func(a openaisim.ServiceAccount) bool { return !w.made(a.Name) })
+	if len(accounts) > 0 {
+		w.edit("key-on-ours", fields{"service_account_id": pick(w.r, accounts).ID})
+	}
+}
+
+// jump sets this machine's clock ahead or, which the bubble shows as OpenAI's being ahead, back.
+func (w *world) jump(d time.Duration) {
+	time.Sleep(d) // not if it is negative
+	w.sim.Advance(-d)
+	w.offset -= d
+	w.look()
+	w.ok("tidy", nil)
+}
+
+// run lets Vault work, and then looks twice what is to be deleted: at a tick and by hand.
+func (w *world) run(minutes int) {
+	w.running.Store(true)
+	w.Run(time.Duration(minutes) * time.Minute)
+	w.quiet()
+	w.running.Store(false)
+	w.look()
+	w.ok("tidy", nil)
+}
+
+func (w *world) step() {
+	hours := time.Duration(1+w.r.IntN(100)) * time.Hour
+	run, renew := func() { w.run(w.r.IntN(300)) }, func() { w.change(false) }
+	clock := func() { w.jump(pick(w.r, []time.Duration{hours, -hours, w.offset, w.offset})) }
+	pick(w.r, []func(){
+		w.issue, w.issue, w.issue, w.issue, w.issue, w.issue, run, run, run, clock, clock, renew, renew, w.stranger,
+		w.stranger, w.name,
+		func() { w.change(true) },
+		func() { w.edit(pick(w.r, slices.Sorted(maps.Keys(w.max))), fields{}) },
+		// config's is dropped if no credential is made
+		func() { w.DropNext(); w.issue(); _, _ = w.Do("read", "config", nil) },
+		func() { w.sim.Inject(openaisim.Fault{Method: "POST", Path: "s$", Process: true}); w.issue() },
+		func() { w.op("delete", "roles/key-on-ours", nil); delete(w.max, "key-on-ours") },
+		func() { w.DisplayName = pick(w.r, []string{"token", "x-" + w.suffix(w.tag), w.suffix(w.tag)}) },
+		func() { w.sim.SetDate(pick(w.r, []string{"", "none"})) },
+	})()
+}
+
+func pick[T any](r *rand.Rand, list []T) T { return list[r.IntN(len(list))] }
+
+// TestTidyProperty: whatever happens, the mount deletes nothing at OpenAI that it has not made, that is under a lease
+// which can be alive by any clock, or that a role names; and in the end nothing of what it made is left.
+func TestTidyProperty(t *testing.T) {
+	for i := 0; i < 10 && !t.Failed(); i++ {
+		synctest.Test(t, func(t *testing.T) {
+			seed := uint64(i)
+			if i == 0 {
+				seed = rand.Uint64()
+			}
+			w := newWorld(t, seed)
+			for n := 0; n < 250 && !t.Failed(); n++ {
+				w.step()
+			}
+			w.sim.ClearFaults()
+			w.sim.SetDate("")
+			w.jump(w.offset)
+			w.op("delete", "roles/key-on-ours", nil)
+			time.Sleep(49 * time.Hour)
+			w.run(75)
+			w.equal("left in the end", len(w.names(ours, "proj_b"))-w.others, 0)
+			w.equal("there were leases and deletions", w.deleted >= 20 && len(w.held) >= 20, true)
+			if t.Failed() {
+				t.Logf("the seed was %d", seed)
+			}
+		})
+	}
+}
+
+// TestTidyByHand: a pass looks through all pages of all active projects, tells what it found and deletes what is past
+// its end by ten minutes. A dry run deletes nothing and lists it.
+func TestTidyByHand(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		none := fields{"mount_id": e.b().mountID, "dry_run": false, "started": "", "finished": "",
+			"projects": 0,
+			"found":    0, "deleted": 0, "failed": 0, "leftover": "[]", "pending": "[]", "errors": "[]"}
+		e.tidied(e.get("tidy"), none)
+		e.sim.AddProject("proj_b", "B")
+		e.sim.AddProject("proj_old", "Archived")
+		e.sim.ArchiveProject("proj_old")
+		e.crowd(150)
+		due := append(e.ended(ours, 129, 11*time.Minute), e.ended("proj_b", 1, 24*time.Hour)...)
+		e.ended("proj_b", 2, 9*time.Minute)
+		shared := e.sim.AddServiceAccount("proj_b", "shared", "none") // OpenAI lists its keys on demand only
+		due = append(due, e.addKey("proj_b", shared, "x-"+newSuffix(e.b().mountID, time.Now().Add(-time.Hour))))
+		live := e.lease("web")
+		e.put(cleanupPrefix+"svc_acct_x", `{}`)
+
+		now := formatTime(time.Now())
+		want := fields{"mount_id": e.b().mountID, "dry_run": true, "started": now, "finished": now,
+			"projects": 2,
+			"found":    134, "deleted": 0, "failed": 0, "pending": "[svc_acct_x]", "errors": "[]"}
+		listed := e.tidy(fields{"dry_run": true}, want).Data["leftover"].([]string)
+		strange := slices.ContainsFunc(listed, func(id string) bool { return !slices.Contains(due, id) })
+		e.equal("leftover, and whether it has others", fmt.Sprint(len(listed), strange), "100 false")
+		want["dry_run"], want["deleted"], want["leftover"] = false, 131, "[]"
+		e.tidy(nil, want)
+		e.tidied(e.get("tidy"), want)
+		left := e.names(ours, "proj_b")
+		e.equal("accounts and keys that are left", len(left), 150+2+1+2)
+		e.equal("one that was due is left", slices.ContainsFunc(due, func(id string) bool { return left[id] != "" }), false)
+		e.equal("the live key is accepted", e.sim.Use(live.Data["api_key"].(string)), true)
+		// By their ids: an archived project and one that does not exist have nothing that could be left.
+		e.ended("proj_b", 1, time.Hour)
+		e.tidy(fields{"project_ids": []string{"proj_old", "proj_nil", ours}},
+			fields{"projects": 3, "found": 1, "deleted": 0, "failed": 0, "errors": "[]"})
+		e.Restart()
+		none["pending"] = "[svc_acct_x]"
+		e.tidied(e.get("tidy"), none)
+	})
+}
+
+// TestTidyDryRun: a dry run deletes neither what was lost nor what waits for clean-up.
+func TestTidyDryRun(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.loses()
+		lost, id := e.sim.ServiceAccounts(ours)[0].ID, e.sim.AddServiceAccount(ours, "x", "member")
+		e.put(cleanupPrefix+id, fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
+		e.tidy(fields{"dry_run": true}, fields{"deleted": 0, "leftover": "[" + lost + "]", "pending": "[" + id + "]"})
+		e.have(2, 1, "after a dry run")
+		e.look()
+		e.have(0, 0, "after a tick")
+	})
+}
+
+// TestTidyBadInput: tidy refuses what it can't mean, and does nothing.
+func TestTidyBadInput(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.sim.ResetCalls()
+		for _, tt := range slices.Concat(bads("mount_id", "mount_id", "ABCDEF", "abcde", "abcdefg", "abcde1", "abcd\n",
+			"a/c"),
+			bads("project_ids", "project_ids", "a/b", "proj_sim,..", strings.Repeat("x", 129)), bads("dry_run", "dry_run",
+				"perhaps")) {
+			e.refused("tidy", fields{tt.field: tt.value}, tt.want)
+		}
+		e.op(logical.DeleteOperation, "config", nil)
+		e.refused("tidy", nil, "not configured")
+		e.b().mountID = ""
+		_, err := e.Write("tidy", fields{"mount_id": "abcdef"})
+		e.fails("without a UUID", err, "UUID")
+		e.equal("calls to OpenAI", len(e.sim.Calls()), 0)
+		e.tidied(e.get("tidy"), fields{"started": ""})
+	})
+}
+
+// TestTidyOtherMount: with the mount_id of a mount, only what that one made and what is past its end is deleted.
+func TestTidyOtherMount(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		other := newEnvOn(t, e.sim)
+		other.configure(nil)
+		other.ok("roles/web", fields{"project_id": ours})
+		other.lease("web")
+		other.ended(ours, 2, time.Hour)
+		e.ended(ours, 3, time.Hour)
+		e.loses()
+		time.Sleep(searchTime + time.Minute) // the lost one is left to full passes
+		tag := other.b().mountID
+		e.tidy(fields{"mount_id": tag}, fields{"mount_id": tag, "found": 3, "deleted": 2})
+		e.have(1+3+1, 2, "after the other mount's")
+		e.tidy(nil, fields{"deleted": 4})
+		e.have(1, 1, "after its own")
+	})
+}
+
+// TestTidyTrouble: a pass goes on after what it can't do, and says what that was.
+func TestTidyTrouble(t *testing.T) {
+	refusal := func(method, path string) func(e *env) { return func(e *env) { e.failing(method, path, 403) } }
+	unread := func(key string) func(e *env) { return func(e *env) { e.failStorage("list", key) } }
+	type trouble struct {
+		inject                    func(e *env)
+		projects, deleted, failed int
+		text                      string // in the errors
+	}
+	inBubbles(t, map[string]trouble{
+		"accounts of a project": {refusal("GET", "proj_b/service_accounts$"), 1, 15, 1,
+			"project proj_b: OpenAI answered 403"},
+		"keys of a project": {refusal("GET", "proj_b/api_keys$"), 1, 15, 1, "project proj_b: OpenAI answered 403"},
+		"deletions":         {refusal("DELETE", "proj_b"), 2, 15, 15, "OpenAI answered 403"},
+		"projects":          {refusal("GET", "projects$"), 0, 0, 1, "OpenAI answered 403"},
+		"roles":             {unread(rolePrefix), 2, 0, 30, "storage fault"},
+	}, func(t *testing.T, e *env, tt trouble) {
+		e.sim.AddProject("proj_b", "B")
+		e.ended(ours, 15, time.Hour)
+		due := e.ended("proj_b", 15, time.Hour)
+		tt.inject(e)
+		resp := e.tidy(nil, fields{"projects": tt.projects, "deleted": tt.deleted, "failed": tt.failed})
+		errs, leftover := resp.Data["errors"].([]string), resp.Data["leftover"].([]string)
+		if len(errs) != min(10, tt.failed) || !strings.Contains(strings.Join(errs, "\n"), tt.text) {
+			t.Errorf("errors: got %q, want %d with %q", errs, min(10, tt.failed), tt.text)
+		}
+		if tt.failed == 15 {
+			e.equal("leftover", slices.Sorted(slices.Values(leftover)), slices.Sorted(slices.Values(due)))
+		}
+		e.equal("lines of the log", e.Log.Count("warn", "tidy could not do all"), 1)
+		e.Storage.SetFault(nil)
+		e.sim.ClearFaults()
+		e.ok("tidy", nil)
+		e.have(0, 0, "afterwards")
+	})
+}
+
+// TestTidyUnderWay: a pass by hand that takes longer than 30 seconds goes on after its answer. Meanwhile another is
+// refused, and nothing else waits for it.
+func TestTidyUnderWay(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.ok("tidy", nil)
+		e.ended(ours, 1, time.Hour)
+		e.sim.SetLatency(20 * time.Second)
+		start := time.Now()
+		resp := e.tidy(nil, fields{"deleted": 0, "finished": formatTime(start)})
+		e.equal("time until the answer, and its warnings", fmt.Sprint(time.Since(start), len(resp.Warnings)), "30s 1")
+		e.refused("tidy", nil, "under way")
+		e.Tick()
+		e.lease("web")
+		e.equal("time until a tick and a credential are done", time.Since(start), 50*time.Second)
+		e.quiet()
+		e.equal("time of three lists and a deletion", time.Since(start).Round(time.Second), 80*time.Second)
+		e.tidied(e.get("tidy"), fields{"deleted": 1, "started": formatTime(start)})
+		e.have(1, 1, "afterwards")
+	})
+}
+
+// TestTidySpares: an account that a role names stays, also if the role is written after the account was listed; so does
+// a key that is not of a service account, and an account with a key under a live lease.
+func TestTidySpares(t *testing.T) {
+	inBubbles(t, map[string]func(e *env, ids []string, name func(id string)){
+		"named before": func(e *env, ids []string, name func(id string)) {
+			name(ids[0])
+			e.tidy(nil, fields{"found": 2, "deleted": 1, "failed": 0, "leftover": "[]"})
+			e.op(logical.DeleteOperation, "roles/named", nil)
+			e.tidy(nil, fields{"found": 1, "deleted": 1})
+		},
+		"named after the listing": func(e *env, ids []string, name func(id string)) {
+			e.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+				if req.Method == http.MethodDelete {
+					name(ids[1]) // while the one before it is deleted
+				}
+				return send()
+			})
+			e.tidy(nil, fields{"found": 2, "deleted": 1, "failed": 0})
+			e.equal("the named account is there", e.names(ours)[ids[1]] != "", true)
+		},
+		"key of a user": func(e *env, ids []string, name func(id string)) {
+			body := fmt.Sprintf(`{"data":[{"id":"key_user","name":"x-%s","owner":{"type":"user","user":{"id":"user-1"}}}]}`,
+				newSuffix(e.b().mountID, time.Now().Add(-time.Hour)))
+			date := http.Header{"Date": {time.Now().UTC().Format(http.TimeFormat)}}
+			e.sim.Inject(openaisim.Fault{Method: "GET", Path: "api_keys$", Status: 200, Body: body, Header: date})
+			e.tidy(nil, fields{"deleted": 2, "failed": 0, "leftover": "[]"})
+			e.equal("deletions of keys", e.countCalls("DELETE", "api_keys"), 0)
+		},
+		"account with a leased key": func(e *env, ids []string, name func(id string)) {
+			name(ids[0])
+			key := e.lease("named").Data["api_key"].(string)
+			e.op(logical.DeleteOperation, "roles/named", nil)
+			e.ok("tidy", nil)
+			e.equal("a key under a live lease is accepted", e.sim.Use(key), true)
+		},
+	}, func(t *testing.T, e *env, test func(*env, []string, func(string))) {
+		test(e, e.ended(ours, 2, time.Hour), func(id string) {
+			e.put("roles/named", fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
+		})
+	})
+}
+
+// TestTidyWithoutDate: when OpenAI's answers have no Date, nothing is deleted by the end in its name, and the pass says
+// so; what was lost is deleted all the same. A clock that is ahead deletes nothing that OpenAI's says is not due.
+func TestTidyWithoutDate(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.ended(ours, 1, 0)
+		e.sim.SetDate("none")
+		time.Sleep(25 * time.Hour) // this machine's clock jumps ahead
+		e.sim.Advance(-25 * time.Hour)
+		e.look()
+		e.loses()
+		for _, deleted := range []int{1, 0} {
+			resp := e.tidy(nil, fields{"deleted": deleted, "failed": 1})
+			e.equal("errors say so", strings.Contains(fmt.Sprint(resp.Data["errors"]), "no Date"), true)
+		}
+		e.sim.SetDate("")
+		e.tidy(nil, fields{"found": 1, "deleted": 0, "failed": 0})
+		e.sim.Advance(25 * time.Hour)
+		e.tidy(nil, fields{"found": 1, "deleted": 1, "failed": 0})
+	})
+}
+
+// TestTidySchedule: a full pass begins two to three minutes after the process has started, then each hour, and ten
+// minutes after one that failed; on a standby and on a DR secondary there is none, nor any other clean-up.
+func TestTidySchedule(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		at := func(d time.Duration, want int, when string) {
+			t.Helper()
+			e.Run(d)
+			e.quiet()
+			e.equal("passes "+when, e.Log.Count("info", "tidy has ended"), want)
+		}
+		at(119*time.Second, 0, "before two minutes")
+		at(61*time.Second, 1, "after three minutes")
+		at(58*time.Minute, 1, "within the hour")
+		at(2*time.Minute, 2, "after the hour")
+		e.failing("GET", "service_accounts$", 403)
+		at(time.Hour, 3, "after an hour more")
+		at(8*time.Minute, 3, "soon after one that failed")
+		at(3*time.Minute, 4, "ten minutes after one that failed")
+		e.sim.ClearFaults()
+		at(10*time.Minute, 5, "ten minutes later")
+		at(57*time.Minute, 5, "within the hour after one that succeeded")
+		e.Restart()
+		at(119*time.Second, 5, "before two minutes of the next process")
+		at(61*time.Second, 6, "after three minutes of the next process")
+		e.put(cleanupPrefix+"x", fmt.Sprintf(`{"project_id":%q,"service_account_id":"x"}`, ours))
+		for _, passive := range []consts.ReplicationState{consts.ReplicationDRSecondary,
+			consts.ReplicationPerformanceStandby} {
+			e.System.ReplicationStateVal = passive | consts.ReplicationPerformanceSecondary
+			at(2*time.Hour, 6, "on a passive node")
+			e.equal("clean-up entries on a passive node", len(e.Storage.Keys(cleanupPrefix)), 1)
+		}
+		e.System.ReplicationStateVal = consts.ReplicationPerformanceSecondary
+		at(time.Minute, 7, "on the active node of a secondary")
+	})
+}
+
+// TestTidyEnds: when the process is to end, a pass that waits for OpenAI ends at once, and none begins any more.
+func TestTidyEnds(t *testing.T) {
+	inBubbles(t, map[string]openaisim.Fault{
+		"hang": {Kind: "hang", Times: -1}, "rate limit": {Status: 429, Header: http.Header{"Retry-After": {"60"}}, Times: -1},
+	}, func(t *testing.T, e *env, fault openaisim.Fault) {
+		e.sim.Inject(fault)
+		time.Sleep(firstPass)
+		e.Tick()
+		time.Sleep(10 * time.Second)
+		old, start := e.b(), time.Now()
+		e.Restart()
+		e.equal("time until the process has ended", time.Since(start), 0*time.Second)
+		synctest.Wait()
+		e.equal("a pass begins after Clean", old.inBackground(func(context.Context) {}) != nil, false)
+	})
+}
+
+// TestTidyLost: lost creates are looked for at each tick for ten minutes, then by each full pass for a day. One that is
+// found is deleted once and forgotten, and at most 1,000 are remembered.
+func TestTidyLost(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.loses()
+		name := e.sim.ServiceAccounts(ours)[0].Name
+		for _, alike := range []string{name + "-2", name[:len(name)-1], "x" + name, strings.ToUpper(name), name + " "} {
+			e.sim.AddServiceAccount(ours, alike, "member")
+		}
+		e.equal("lost creates", e.metric("lost_creates"), 1)
+		e.look()
+		e.equal("lost creates after a tick", e.metric("lost_creates"), 0)
+		e.have(5, 0, "after a tick")
+		e.look()
+		e.equal("deletions", e.countCalls("DELETE", ""), 1)
+		e.equal("lists", e.countCalls("GET", "/service_accounts"), 1)
+	})
+	inBubble(t, func(t *testing.T, e *env) {
+		e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Times: -1})
+		for range 1001 {
+			_, _ = e.Issue("creds/web", nil)
+		}
+		after := func(d time.Duration, lists, lost int) {
+			t.Helper()
+			e.sim.ResetCalls()
+			e.Run(d)
+			e.quiet()
+			e.equal("lists of accounts", e.countCalls("GET", "/service_accounts"), lists)
+			e.equal("lost creates", e.metric("lost_creates"), lost)
+		}
+		e.equal("lines of the log", e.Log.Count("error", "too many lost creates"), 1)
+		after(searchTime+time.Second, 10+1, 1000) // at each tick, and a pass
+		after(time.Hour, 1, 1000)
+		after(22*time.Hour, 22, 1000)
+		after(time.Hour, 1, 0)
+		_, _ = e.Issue("creds/web", nil)
+		e.equal("lost creates of the next day", e.metric("lost_creates"), 1)
+	})
+}
+
+// TestTidySweep: a tick works all clean-up entries off, also those of an older version. One that fails by itself does
+// not keep others waiting; an outage stops it at the first failure.
+func TestTidySweep(t *testing.T) {
+	const form = `{"api_key_id":"key_x","service_account_id":%q,"project_id":%q%s,"failures":5}`
+	type sweep struct {
+		inject        openaisim.Fault // of deletions; Path: "-": of one
+		others        string          // as many more entries with this in them
+		left, deletes int             // accounts; calls
+	}
+	inBubbles(t, map[string]sweep{
+		"no fault":           {openaisim.Fault{Path: "none"}, "", 0, 30},
+		"one is refused":     {openaisim.Fault{Path: "-", Status: 400}, "", 1, 30},
+		"key is refused":     {openaisim.Fault{Status: 401}, "", 30, 1},
+		"outage":             {openaisim.Fault{Status: 503}, "", 30, maxAttempts},
+		"no connection":      {openaisim.Fault{Kind: "close"}, "", 30, maxAttempts},
+		"other organization": {openaisim.Fault{Path: "none"}, `,"organization_id":"org-other"`, 0, 30},
+		"not JSON":           {openaisim.Fault{Path: "none"}, `,`, 0, 30},
+	}, func(t *testing.T, e *env, tt sweep) {
+		for i := range 30 {
+			id, other := e.sim.AddServiceAccount(ours, "x", "member"), fmt.Sprint("svc_acct_", i)
+			e.put(cleanupPrefix+id, fmt.Sprintf(form, id, ours, ""))
+			if tt.others != "" {
+				e.put(cleanupPrefix+other, fmt.Sprintf(form, other, ours, tt.others))
+			}
+			if tt.inject.Path == "-" {
+				tt.inject.Path = id
+			}
+		}
+		tt.inject.Method, tt.inject.Times = "DELETE", -1
+		e.sim.Inject(tt.inject)
+		e.sim.ResetCalls()
+		e.look()
+		e.have(tt.left, 0, "after a tick")
+		e.equal("deletions", e.countCalls("DELETE", ""), tt.deletes)
+		e.equal("lines of the log", e.Log.Count("warn", "clean-up failed"), min(1, tt.left+len(tt.others)))
+		e.sim.ClearFaults()
+		e.look()
+		e.have(0, 0, "after the fault")
+		e.equal("entries are left", len(e.Storage.Keys(cleanupPrefix)) > 0, tt.others != "")
+	})
+}
+
+// TestTidyLongList: a list of accounts that takes longer than a tick keeps neither ticks nor credentials nor clean-up
+// waiting, and a lost create behind it is found.
+func TestTidyLongList(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.crowd(6200)
+		e.loses()
+		e.failing("DELETE", "projects", 403)
+		e.fails("revocation", e.Revoke(e.lease("web")), "403")
+		e.sim.ClearFaults()
+		e.have(6202, 2, "at first")
+		e.sim.SetLatency(500 * time.Millisecond)
+		start := time.Now()
+		e.Tick()
+		e.equal("time of a tick", time.Since(start), 0*time.Second)
+		time.Sleep(time.Second)
+		e.have(6201, 1, "when the clean-up entry is done")
+		e.revoke(e.lease("web"))
+		e.equal("time until a credential is issued and revoked", time.Since(start), 2*time.Second)
+		e.quiet()
+		e.equal("the search takes longer than a tick", time.Since(start) > tickTimeout, true)
+		e.have(6200, 0, "after the search")
+	})
+}
+
+// TestTidyAndRotation: admin keys whose deletion hangs bound a tick to 30 seconds, and credentials are cleaned up in
+// the same tick.
+func TestTidyAndRotation(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.configure(fields{"rotation_period": "1h"})
+		l := e.lease("web")
+		e.failing("DELETE", "", 403)
+		e.ok("config/rotate", nil)
+		e.fails("revocation", e.Revoke(l), "403")
+		e.sim.ClearFaults()
+		e.sim.Inject(openaisim.Fault{Path: "/admin_api_keys", Kind: "hang", Times: -1})
+		time.Sleep(2 * time.Hour) // a rotation is due
+		start := time.Now()
+		e.Tick()
+		e.equal("a tick takes more than 30 seconds", time.Since(start) > 30*time.Second, false)
+		e.quiet()
+		e.have(0, 0, "after the tick")
+		e.equal("admin keys pending deletion", len(e.config().PendingDeletion), 1)
+	})
+}
+
+// inBubbles runs test for each case on a configured mount of its own with a virtual clock.
+func inBubbles[T any](t *testing.T, cases map[string]T, test func(t *testing.T, e *env, tt T)) {
+	for name, tt := range cases {
+		t.Run(name, func(t *testing.T) { inBubble(t, func(t *testing.T, e *env) { test(t, e, tt) }) })
+	}
+}
+
+// equal checks that got and want are the same as fmt prints them.
+func (e *env) equal(what string, got, want any) {
+	e.t.Helper()
+	if g, w := fmt.Sprint(got), fmt.Sprint(want); g != w {
+		e.t.Errorf("%s: got %s, want %s", what, g, w)
+	}
+}
+
+// fails checks that err is one whose text has each of the texts.
+func (e *env) fails(what string, err error, texts ...string) {
+	e.t.Helper()
+	for _, text := range append(texts, "") {
+		if err == nil || !strings.Contains(err.Error(), text) {
+			e.t.Errorf("%s: got %v, want an error with %q", what, err, text)
+		}
+	}
+}
+
+// failing makes calls be answered with status from now on.
+func (e *env) failing(method, path string, status int) {
+	e.sim.Inject(openaisim.Fault{Method: method, Path: path, Status: status, Times: -1})
+}
+
+// countCalls counts the calls to OpenAI of a method whose path contains part.
+func (e *env) countCalls(method, part string) (n int) {
+	for _, c := range e.sim.Calls() {
+		if c.Method == method && strings.Contains(c.Path, part) {
+			n++
+		}
+	}
+	return n
+}
+
+// metric reads a metric that has no labels.
+func (e *env) metric(name string) any { return e.get("metrics").Data[metricPrefix+name] }
+
+// TestClientMasks: whatever OpenAI says of a key, in whatever form that has, no error and no log shows it.
+func TestClientMasks(t *testing.T) {
+	const odd = "AdminKey/without+the:usual=form!" // not masked by its form
+	for _, echo := range []string{
+		"Incorrect API key provided: " + odd + ".", "key=" + odd + "&x", "sk-admin-simulated-abc",
+		"'sk-proj-simulated'\r\nsk-x", strings.Repeat("a", 499) + odd,
+	} {
+		e := newConfiguredEnv(t)
+		l := e.lease("web")
+		e.put("config", `{"admin_api_key":"`+odd+`","admin_api_key_id":"key_x","organization_id":"org-sim",`+
+			`"api_endpoint":"https://api.openai.com/v1"}`)
+		e.Restart()
+		said := map[string]any{"message": echo, "type": echo, "code": echo, "param": echo}
+		body, _ := json.Marshal(map[string]any{"error": said})
+		e.sim.Inject(openaisim.Fault{Status: 400, Body: string(body), Header: http.Header{"X-Request-Id": {echo}}, Times: -1})
+		errs := []error{e.Renew(l, 0), e.Revoke(l), failure(e.Do(logical.ReadOperation, "creds/web", nil))}
+		for _, path := range []string{"config", "config/rotate", "roles/web"} {
+			errs = append(errs, failure(e.Write(path, nil)))
+		}
+		for _, err := range append(errs, errors.New(e.Log.String())) {
+			e.fails("request", err)
+			text := strings.TrimSuffix(fmt.Sprint(err), "\n")
+			if strings.Contains(text, odd[:20]) || strings.ContainsAny(text, "\r\x00") {
+				t.Errorf("OpenAI's %q shows in %q", echo, text)
+			}
+			e.noSecrets("an error", text)
+		}
+	}
+}
+
+// TestClientErrors: an error tells whether OpenAI may have done the call. Only what is safe is repeated.
+func TestClientErrors(t *testing.T) {
+	type fault = openaisim.Fault
+	retry := func(value string) http.Header { return http.Header{"X-Should-Retry": {value}} }
+	type tt struct {
+		fault
+		status           int
+		notDone          bool
+		creates, deletes int // attempts
+		text             string
+	}
+	inBubbles(t, map[string]tt{
+		"refused":   {fault{Kind: "refuse"}, 0, true, 4, 4, "no answer from https://api.openai.com/v1: "},
+		"reset":     {fault{Kind: "close"}, 0, false, 1, 4, "no answer from https://api.openai.com/v1: "},
+		"hangs":     {fault{Kind: "hang"}, 0, false, 1, 3, "timed out"}, // three of 25 seconds
+		"malformed": {fault{Kind: "malformed"}, 200, false, 1, 1, "not the JSON"},
+		"oversized": {fault{Kind: "oversized"}, 200, false, 1, 1, "larger than 1 MiB"},
+		"redirect":  {fault{Kind: "redirect"}, 307, false, 1, 1, "redirects are not followed"},
+		"lacking":   {fault{Status: 200, Body: `{"id":"a/b"}`}, 200, false, 1, 1, "lacks what it must hold"},
+		"400":       {fault{Status: 400}, 400, true, 1, 1, "OpenAI answered 400"},
+		"401":       {fault{Status: 401}, 401, true, 1, 1, "OpenAI answered 401"},
+		"408":       {fault{Status: 408}, 408, false, 1, 4, "OpenAI answered 408"},
+		"409":       {fault{Status: 409}, 409, false, 1, 4, "OpenAI answered 409"},
+		"429":       {fault{Status: 429, Header: http.Header{"Retry-After": {"30"}}}, 429, true, 3, 3, "429"},
+		"500":       {fault{Status: 500}, 500, false, 1, 4, "OpenAI answered 500"},
+		"told to":   {fault{Status: 400, Header: retry("true")}, 400, true, 1, 4, "OpenAI answered 400"},
+		"not 429":   {fault{Status: 429, Header: retry("false")}, 429, true, 1, 1, "OpenAI answered 429"},
+		"not 503":   {fault{Status: 503, Header: retry("false")}, 503, false, 1, 1, "OpenAI answered 503"},
+	}, func(t *testing.T, e *env, tt tt) {
+		account := e.lease("web").Data["service_account_id"].(string)
+		tt.fault.Times = -1
+		e.sim.Inject(tt.fault)
+		e.sim.ResetCalls()
+		_, err := e.Issue("creds/web", nil)
+		e.fails("creds", err, tt.text)
+		e.equal("lost creates", e.metric("lost_creates"), map[bool]int{true: 0, false: 1}[tt.notDone])
+		e.equal("attempts to create", e.countCalls("POST", "/service_accounts"), tt.creates)
+		time.Sleep(time.Minute)
+		e.sim.ResetCalls()
+		ctx, cancel := context.WithTimeout(t.Context(), requestTimeout)
+		defer cancel()
+		l := &lease{ProjectID: openaisim.DefaultProject, ServiceAccountID: account}
+		err = e.b().newClient(e.config()).deleteCredential(ctx, l)
+		var api *apiError
+		if !errors.As(err, &api) || api.Status != tt.status || notDone(err) != tt.notDone {
+			t.Errorf("delete: got %v, want status %d and not done %v", err, tt.status, tt.notDone)
+		}
+		e.equal("attempts to delete", e.countCalls("DELETE", ""), tt.deletes)
+	})
+}
+
+// TestClientReal: connections to a real server are used again, and an answer that does not end is cut.
+func TestClientReal(t *testing.T) {
+	e := newEnv(t)
+	var opened atomic.Int64
+	var endless atomic.Bool
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for err := error(nil); err == nil && endless.Load() && r.Context().Err() == nil; {
+			_, err = w.Write(make([]byte, 1<<16))
+		}
+		e.sim.ServeHTTP(w, r)
+	}))
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			opened.Add(1)
+		}
+	}
+	server.Start()
+	defer server.Close()
+	e.wire.to = newTransport()
+	e.configure(map[string]any{"api_endpoint": server.URL + "/v1"})
+	e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+	for range 20 {
+		e.revoke(e.lease("web"))
+	}
+	e.equal("connections for 42 calls in a row", opened.Load(), 1)
+	var workers sync.WaitGroup
+	for range 16 {
+		workers.Go(func() {
+			for range 10 {
+				e.lease("web")
+			}
+		})
+	}
+	workers.Wait()
+	// A call that gets another's connection, while its own is opened, leaves that to later ones.
+	if got := opened.Load(); got > 1+2*16 {
+		t.Errorf("connections for 160 calls, 16 at once: got %d, want about 16", got)
+	}
+	endless.Store(true)
+	_, err := e.Issue("creds/web", nil)
+	e.fails("creds", err, "larger than 1 MiB")
+}
+
+// TestClientRateLimit: revocations that come at once drain at OpenAI's pace, in about their order, with few refused.
+func TestClientRateLimit(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		const n = 200
+		var ended, displaced atomic.Int64
+		var group sync.WaitGroup
+		for i := range n {
+			l := e.lease("web")
+			group.Go(func() {
+				time.Sleep(time.Second + time.Duration(i)*time.Microsecond) // they come in this order
+				if err := e.Revoke(l); err != nil {
+					t.Errorf("revoke: %v", err)
+				}
+				displaced.Add(int64(math.Abs(float64(ended.Add(1) - 1 - int64(i)))))
+			})
 		}
 		e.sim.ResetCalls()
 		e.sim.SetLatency(50 * time.Millisecond)
 		e.sim.SetRateLimit(20, 20)
 		start := time.Now()
-		var mu sync.Mutex
-		var order []int
-		var group sync.WaitGroup
-		for i, secret := range secrets {
-			group.Go(func() {
-				time.Sleep(time.Duration(i) * time.Microsecond) // they come in this order
-				if err := failure(e.lease(logical.RevokeOperation, secret)); err != nil {
-					t.Errorf("revoke: %v", err)
-				}
-				mu.Lock()
-				defer mu.Unlock()
-				order = append(order, i)
-			})
-		}
 		group.Wait()
-		took, calls := time.Since(start), e.sim.Calls()
-		refused, displaced := 0, 0
-		for _, c := range calls {
-			if c.Status == http.StatusTooManyRequests {
-				refused++
-			}
+		took, calls := time.Since(start), len(e.sim.Calls())
+		if refused := 100 * (calls - n) / calls; took > 12500*time.Millisecond || refused >= 35 {
+			t.Errorf("took %v with %d %% of the calls refused, want at most 12.5s and less than 35 %%", took, refused)
 		}
-		for rank, i := range order {
-			displaced += max(rank-i, i-rank)
-		}
-		t.Logf("%d revocations: %v, %d of %d calls refused, mean displacement %d", n, took, refused, len(calls), displaced/n)
-		if took > 11500*time.Millisecond {
-			t.Errorf("took %v, want at most 11.5s", took)
-		}
-		if got := 100 * refused / len(calls); got >= 35 {
-			t.Errorf("calls refused: got %d %%, want less than 35 %%", got)
-		}
-		if got := displaced / n; got > 40 { // at random it is 67
+		if got := displaced.Load() / n; got > 40 { // at random it is 67
 			t.Errorf("mean distance from the order of arrival: got %d places, want at most 40", got)
 		}
-		e.accounts(0)
-
+		e.have(0, 0, "in the end")
 		e.sim.SetRateLimit(0, 0)
-		work := func(calls int) time.Duration {
-			start, left := time.Now(), atomic.Int64{}
-			left.Store(int64(calls))
+		for _, calls := range []int{480, 320} { // the first are slow yet
+			start := time.Now()
 			for range 32 {
 				group.Go(func() {
-					for left.Add(-1) >= 0 {
-						e.creds("web")
+					for range calls / 32 {
+						e.lease("web")
 					}
 				})
 			}
 			group.Wait()
-			return time.Since(start)
-		}
-		t.Logf("500 credentials when the limit is lifted: %v", work(500))
-		if took := work(320); took > time.Second {
-			t.Errorf("320 credentials by 32 workers: took %v, want 0.5s as without a limit", took)
+			if took := time.Since(start); calls == 320 && took > time.Second {
+				t.Errorf("320 credentials by 32 workers: took %v, want 0.5s as without a limit", took)
+			}
 		}
 	})
 }
 
-// TestRateLimitDeadline: a call whose time is up while it waits says what it waited for, and
-// leaves nothing for rollback.
-func TestRateLimitDeadline(t *testing.T) {
-	for _, after := range [][]string{{"1"}, {"30"}, {""}, {"1", "30"}} { // asked of the callers
-		t.Run(strings.Join(after, "-"), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				e := newConfiguredEnv(t)
-				e.sim.SetLatency(time.Duration(len(after)-1) * 100 * time.Millisecond)
-				for i, seconds := range after {
-					times := 1
-					if i == len(after)-1 {
-						times = -1
-					}
-					e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Status: 429, Times: times, Header: http.Header{"Retry-After": {seconds}}})
-				}
+// TestClientWaits: a call whose time is up while it waits says what it waited for, and leaves nothing to look for.
+func TestClientWaits(t *testing.T) {
+	for _, after := range []string{"", "1", "30"} { // asked of the callers
+		inBubble(t, func(t *testing.T, e *env) {
+			fails := func(text string) {
 				ctx, cancel := context.WithTimeout(t.Context(), 5300*time.Millisecond)
 				defer cancel()
-				var group sync.WaitGroup
-				for i := range after {
-					group.Go(func() {
-						time.Sleep(time.Duration(i) * 10 * time.Millisecond)
-						resp, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
-						if err == nil || resp != nil || !strings.Contains(err.Error(), "429") {
-							t.Errorf("creds: got %v, %v, want an error (no 400) that says 429", resp, err)
-						}
-					})
+				req := &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.Storage}
+				resp, err := e.b().HandleRequest(ctx, req)
+				e.fails("creds", err, text)
+				e.equal("answer and lost creates", fmt.Sprint(resp, e.metric("lost_creates")), "<nil> 0")
+			}
+			e.sim.Inject(openaisim.Fault{Method: "POST", Status: 429, Header: http.Header{"Retry-After": {after}}, Times: -1})
+			fails("429")
+			if got := e.countCalls("POST", "service_accounts"); got > 10 {
+				t.Errorf("calls in 5.3s: got %d, want at most 10", got)
+			}
+			if after == "30" {
+				fails("waiting for OpenAI's rate limit")
+			}
+			for range maxCalls {
+				e.b().throttle.slots <- struct{}{}
+			}
+			fails("waiting for other calls to OpenAI")
+		})
+	}
+}
+
+// TestClientConcurrency is for the race detector: all that a mount can be asked at once. Nothing fails by a rotation.
+func TestClientConcurrency(t *testing.T) {
+	e := newConfiguredEnv(t)
+	var workers sync.WaitGroup
+	repeat := func(name string, n int, act func() error) {
+		for range n {
+			workers.Go(func() {
+				for range 20 {
+					if err := act(); err != nil {
+						t.Errorf("%s: %v", name, err)
+					}
 				}
-				group.Wait()
-				if got := e.countCalls(http.MethodPost, "service_accounts"); got > 10 {
-					t.Errorf("calls in 5.3s: got %d, want at most 10", got)
+			})
+		}
+	}
+	repeat("creds", 8, func() error {
+		l := e.lease("web")
+		return errors.Join(e.Renew(l, 0), e.Revoke(l))
+	})
+	repeat("rotate", 4, func() error { return failure(e.Write("config/rotate", nil)) })
+	repeat("write config", 1, func() error { return failure(e.Write("config", map[string]any{"rotation_policy": "p"})) })
+	repeat("write role", 1, func() error { return failure(e.Write("roles/web", map[string]any{"ttl": "30m"})) })
+	for _, path := range []string{"config", "roles/web", "metrics", "tidy"} {
+		repeat("read "+path, 1, func() error { return failure(e.Do(logical.ReadOperation, path, nil)) })
+	}
+	repeat("tidy", 1, func() error { _, err := e.Write("tidy", nil); return err }) // a 400 says that one is under way
+	repeat("invalidate", 1, func() error { e.b().InvalidateKey(t.Context(), configPath); return nil })
+	repeat("tick", 1, func() error { e.Tick(); return nil })
+	workers.Wait()
+	e.idle()
+	e.equal("rotations", e.series()[metricPrefix+`rotations_total{trigger="manual",result="success"}`], 80)
+	e.oneKey("in the end")
+	e.have(0, 0, "in the end")
+}
+
+// FuzzAnswer gives OpenAI's answers: nothing panics, no error shows a key, and what is handed out has valid ids.
+func FuzzAnswer(f *testing.F) {
+	for _, body := range []string{
+		``, `null`, `{}`, `[]`, `"`, `{"id":"proj_sim","status":"archived"}`, `{"deleted":1}`, `{"has_more":true}`,
+		`{"id":"svc_acct_1","name":"n","role":"member","api_key":{"id":"key_1","value":"sk-x-simulated","expires_at":1e300}}`,
+		`{"id":"svc_acct_1","api_key":{"id":"../x","value":"sk-x"}}`, `{"error":{"message":"sk-\u0000sk-","type":"\n"}}`,
+		`{"data":[{"id":"key_1","redacted_value":"sk-admin...abc"}],"has_more":true,"last_id":"key_1"}`,
+		`{"error":{"message":"Incorrect API key provided: sk-admin-simulated-abc","type":"x","code":1,"param":{}}}`,
+	} {
+		for _, status := range []int{200, 204, 307, 400, 401, 404, 429, 500} {
+			f.Add(status, body, "5", "true")
+		}
+	}
+	f.Fuzz(func(t *testing.T, status int, body, after, again string) {
+		if status < 200 || status > 599 {
+			return
+		}
+		inBubble(t, func(t *testing.T, e *env) {
+			l, header := e.lease("web"), http.Header{"Retry-After": {after}, "X-Should-Retry": {again}, "X-Request-Id": {again}}
+			e.wire.setFault(func(req *http.Request, _ func() (*http.Response, error)) (*http.Response, error) {
+				answer := io.NopCloser(strings.NewReader(body))
+				return &http.Response{StatusCode: status, Body: answer, Request: req, Header: header}, nil
+			})
+			start := time.Now()
+			check := func(err error) {
+				e.noSecrets("an error", fmt.Sprint(err))
+				if took := time.Since(start); took > requestTimeout+undoTimeout {
+					t.Errorf("a request took %s", took)
 				}
-				e.nothingPending()
+				start = time.Now()
+			}
+			for _, path := range []string{"config", "roles/web", "config/rotate", "tidy"} {
+				check(failure(e.Write(path, nil)))
+			}
+			made, err := e.Issue("creds/web", nil)
+			check(err)
+			for _, id := range []string{"api_key_id", "service_account_id"} {
+				if err == nil && (!validID(fmt.Sprint(made.Data[id])) || made.Data["api_key"] == "") {
+					t.Errorf("handed out %v", made.Data[id])
+				}
+			}
+			check(e.Renew(l, 0))
+			check(e.Revoke(l))
+			e.Tick()
+			check(nil)
+		})
+	})
+}
+
+// FuzzRetryAfter: whatever OpenAI says, the wait is between nothing and maxPause, and milliseconds go before seconds.
+func FuzzRetryAfter(f *testing.F) {
+	for _, value := range []string{"", "1500", "1.5", "-1", "1e400", "NaN", "0x1", "Fri, 31 Dec 9999 23:59:59 GMT"} {
+		f.Add(value, "")
+		f.Add("7", value)
+	}
+	f.Fuzz(func(t *testing.T, after, ms string) {
+		got := retryAfter(http.Header{"Retry-After": {after}, "Retry-After-Ms": {ms}})
+		n, err := strconv.Atoi(ms)
+		want := min(max(time.Duration(n)*time.Millisecond, 0), maxPause)
+		if got < 0 || got > maxPause || err == nil && n < 1e6 && (got-want).Abs() > time.Microsecond {
+			t.Errorf("Retry-After %q and %q ms: got %v", after, ms, got)
+		}
+	})
+}
+
+// expectShown checks a field of config.
+func (e *env) expectShown(field string, want any) {
+	e.t.Helper()
+	e.equal(field+" in config", e.get("config").Data[field], want)
+}
+
+// keyWorks fails the test unless OpenAI accepts the key in storage, and it has the id that is there.
+func (e *env) keyWorks(when string) {
+	e.t.Helper()
+	c := e.b().newClient(e.config())
+	c.http, c.throttle, c.metrics = &http.Client{Transport: e.sim.Transport()}, newThrottle(), newMetrics()
+	if _, err := c.ownKey(context.Background()); err != nil {
+		e.t.Errorf("%s: the key in config: got %v, want that it works", when, err)
+	}
+}
+
+// oneKey fails the test unless config's key works, is the only live admin key, and none is pending deletion.
+func (e *env) oneKey(when string) {
+	e.t.Helper()
+	e.sim.ClearFaults()
+	e.keyWorks(when)
+	cfg, keys := e.config(), e.sim.AdminKeys()
+	if len(keys) != 1 || keys[0].ID != cfg.AdminAPIKeyID || len(cfg.PendingDeletion) != 0 {
+		e.t.Errorf("%s: got keys %v, pending deletion %v, want %q", when, keys, cfg.PendingDeletion, cfg.AdminAPIKeyID)
+	}
+}
+
+// rotateFails makes a rotation that must fail with text in its error, and returns the names that are in creating then.
+func (e *env) rotateFails(text string) (creating []string) {
+	e.t.Helper()
+	e.fails("rotation", failure(e.Write("config/rotate", nil)), text)
+	return e.config().creatingNames()
+}
+
+// failCreate makes the next creation of an admin key fail.
+func (e *env) failCreate(f openaisim.Fault) {
+	f.Method, f.Path = "POST", "/admin_api_keys$"
+	e.sim.Inject(f)
+}
+
+// loseKey makes a rotation whose answer to the creation of a key is lost, and returns the name that OpenAI knows.
+func (e *env) loseKey() string {
+	e.t.Helper()
+	e.failCreate(openaisim.Fault{Kind: "close", Process: true})
+	names := e.rotateFails("")
+	if len(names) == 0 || !e.hasKey(names[len(names)-1]) {
+		e.t.Fatalf("a key whose creation was lost: got creating %v and keys %v", names, e.sim.AdminKeys())
+	}
+	return names[len(names)-1]
+}
+
+// hasKey tells whether OpenAI has a live admin key of this name.
+func (e *env) hasKey(name string) bool {
+	return slices.ContainsFunc(e.sim.AdminKeys(), func(k openaisim.AdminKey) bool { return k.Name == name })
+}
+
+// TestRotateFaults: whatever a rotation meets at whatever step, config holds a working key at any moment. A few minutes
+// later that is the only one; a day later nothing else is left, and never is there a write-ahead log.
+func TestRotateFaults(t *testing.T) {
+	const update, tick = logical.UpdateOperation, logical.RollbackOperation
+	for name, test := range map[string]struct {
+		op     logical.Operation
+		path   string
+		enough int // at least so many steps
+		set    func(*env)
+	}{
+		// config, own key, config, new key, proof, config, old key, config
+		"manual":     {update, "config/rotate", 8, func(*env) {}},
+		"slow proof": {update, "config/rotate", 10, func(e *env) { e.sim.SetKeyDelay(250 * time.Millisecond) }},
+		"no proof":   {update, "config/rotate", 17, func(e *env) { e.sim.SetKeyDelay(time.Hour) }},
+		"left over": {update, "config/rotate", 9, func(e *env) { // with an old key still to be deleted
+			e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: http.StatusForbidden})
+			e.ok("config/rotate", nil)
+		}},
+		"scheduled": {tick, "", 11, func(e *env) { // with a new key still to be found: list, delete and config come first
+			e.ok("config", map[string]any{"rotation_period": "1h"})
+			e.loseKey()
+			time.Sleep(time.Hour)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			everyStep(t, test.enough, func(t *testing.T, fault stepFault, at int) (reached bool) {
+				e := newConfiguredEnv(t)
+				test.set(e)
+				before, b := e.config().AdminAPIKeyID, e.b()
+				each := func() {
+					e.keyWorks("at a step")
+					e.equal("storage", e.Storage.Keys(""), "[config roles/]")
+				}
+				b.passMu.Lock() // nothing in the background takes a step
+				reached = e.atStep(fault, at, each, func(ctx context.Context) {
+					resp, err := e.DoContext(ctx, test.op, test.path, nil)
+					e.keyWorks("after the request")
+					if rotated := e.config().AdminAPIKeyID; test.op == update && failure(resp, err) == nil &&
+						(rotated == before || rotated != resp.Data["admin_api_key_id"]) {
+						t.Errorf("answered %v, and the key in config is %q, before %q", resp.Data, rotated, before)
+					}
+				})
+				b.passMu.Unlock()
+				e.lease("web")
+				e.sim.SetKeyDelay(0)
+				e.Run(5 * time.Minute)
+				e.oneKey("five minutes later")
+				time.Sleep(lostTime)
+				e.Run(2 * time.Minute)
+				e.expectShown("creating", "[]")
+				e.ok("config/rotate", nil)
+				e.oneKey("after another rotation")
+				each()
+				return reached
 			})
 		})
 	}
 }
 
-// TestWaitingSaysWhy: a call that is never sent says what it waited for.
-func TestWaitingSaysWhy(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		wait := func(want string) {
-			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-			defer cancel()
-			_, err := e.b.HandleRequest(ctx, &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.storage})
-			if err == nil || !strings.Contains(err.Error(), want) {
-				t.Errorf("got %v, want %q in it", err, want)
+// TestRotateProof: a new key is waited for up to 20 seconds. One that is not accepted then is deleted at once.
+func TestRotateProof(t *testing.T) {
+	for _, seconds := range []int{0, 3, 12, 13, 15, 17, 19, 22, 3600} {
+		delay, ok := time.Duration(seconds)*time.Second, seconds < 20
+		inBubble(t, func(t *testing.T, e *env) {
+			first, start := e.config().AdminAPIKeyID, time.Now()
+			e.sim.SetKeyDelay(delay)
+			if err := failure(e.Write("config/rotate", nil)); (err == nil) != ok {
+				t.Errorf("rotation with a key accepted after %v: got %v, want success %v", delay, err, ok)
 			}
-		}
-		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Status: 429, Header: http.Header{"Retry-After": {"30"}}})
-		wait("429")
-		wait("waiting for OpenAI's rate limit")
-		for range maxCalls {
-			e.b.throttle.slots <- struct{}{}
-		}
-		wait("waiting for other calls to OpenAI")
+			took, proofs := time.Since(start), e.countCalls("GET", "/admin_api_keys/")
+			if took > min(delay, proofTimeout)+maxProofWait+time.Second || proofs > 17 {
+				t.Errorf("rotation with a key accepted after %v: took %v and %d proofs", delay, took, proofs)
+			}
+			e.oneKey("at once")
+			e.expectShown("creating", "[]")
+			e.equal("new key in config", e.config().AdminAPIKeyID != first, ok)
+		})
+	}
+}
+
+// TestRotateLate: an admin key that OpenAI makes after an error is found and deleted within an hour and a quarter.
+func TestRotateLate(t *testing.T) {
+	faults := map[string]openaisim.Fault{}
+	for _, minutes := range []time.Duration{1, 4, 11, 61, 20 * 60} {
+		faults[fmt.Sprint("500 ", minutes)] = openaisim.Fault{Late: minutes * time.Minute}
+		faults[fmt.Sprint("reset ", minutes)] = openaisim.Fault{Late: minutes * time.Minute, Kind: "close"}
+	}
+	inBubbles(t, faults, func(t *testing.T, e *env, fault openaisim.Fault) {
+		e.sim.AddAdminKey("vault-admin-234567234567234567ab") // of a clone of this cluster
+		e.failCreate(fault)
+		names := e.rotateFails("creating")
+		e.Run(fault.Late - time.Second)
+		e.Restart() // nothing of this is in memory only
+		e.expectShown("creating", names)
+		e.equal("keys before", len(e.sim.AdminKeys()), 2)
+		time.Sleep(time.Second)
+		e.equal("late key made", e.hasKey(names[0]), true)
+		e.Run(75 * time.Minute)
+		e.equal("late key still there", e.hasKey(names[0]), false)
+		e.equal("keys after", len(e.sim.AdminKeys()), 2)
+		e.expectShown("creating", "[]")
 	})
 }
 
-// TestConcurrency is for the race detector: all that a mount can be asked at once.
-func TestConcurrency(t *testing.T) {
-	e := newConfiguredEnv(t)
-	var workers, others sync.WaitGroup
-	done := make(chan struct{})
-	for range 8 {
-		workers.Go(func() {
-			for range 20 {
-				resp, err := e.do(logical.ReadOperation, "creds/web", nil)
-				if err := failure(resp, err); err != nil {
-					t.Errorf("creds: %v", err)
-					return
-				}
-				for _, op := range []logical.Operation{logical.RenewOperation, logical.RevokeOperation} {
-					resp.Secret.IssueTime = time.Now()
-					if err := failure(e.lease(op, resp.Secret)); err != nil {
-						t.Errorf("%s: %v", op, err)
-					}
-				}
-			}
-		})
+// TestRotateForgets: a name is dropped a day later, if OpenAI's list is then read and does not have it. Else it is kept
+func TestRotateForgets(t *testing.T) {
+	day := func(date string) openaisim.Fault {
+		return openaisim.Fault{Status: 200, Body: `{"data":[{"id":"key_x"}]}`, Header: http.Header{"Date": {date}}}
 	}
-	for name, act := range map[string]func() error{
-		"rotate": func() error { return failure(e.do(logical.UpdateOperation, "config/rotate", nil)) },
-		"config write": func() error {
-			return failure(e.do(logical.UpdateOperation, "config", map[string]any{"rotation_policy": "p"}))
-		},
-		"config read": func() error { return failure(e.do(logical.ReadOperation, "config", nil)) },
-		"role write":  func() error { return failure(e.do(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "30m"})) },
-		"metrics":     func() error { return failure(e.do(logical.ReadOperation, "metrics", nil)) },
-		"invalidate":  func() error { e.b.InvalidateKey(t.Context(), configPath); return nil },
-		"tick":        func() error { e.tick(); return nil },
-	} {
-		others.Go(func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				if err := act(); err != nil {
-					t.Errorf("%s: %v", name, err)
-				}
-				time.Sleep(time.Millisecond)
-			}
-		})
-	}
-	workers.Wait()
-	close(done)
-	others.Wait()
-	e.tick()
-	e.oneKey()
-	e.accounts(0)
-}
-
-// TestPeriodicBound: all of a periodic call is over in time when OpenAI does not answer, since
-// Vault can't be sealed meanwhile.
-func TestPeriodicBound(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e, _ := newVaultEnv(t, errCommunity)
-		e.set(map[string]any{"rotation_period": "1h"})
-		for range 20 {
-			e.lostAnswer()
-		}
+	inBubbles(t, map[string]openaisim.Fault{
+		"refused": {Status: 403}, "failed": {Status: 500}, "no answer": {Kind: "close"}, "without date": day("soon"),
+		"cut": {Status: 200, Body: `{"data":[],"has_more":true}`}, "clock behind": day("Sat, 01 Jan 2000 00:00:00 GMT"),
+	}, func(t *testing.T, e *env, list openaisim.Fault) {
+		e.failCreate(openaisim.Fault{Late: 50 * time.Hour})
+		names := e.rotateFails("500")
+		list.Method, list.Path, list.Times = "GET", "/admin_api_keys$", -1
+		e.sim.Inject(list)
+		e.Run(3 * time.Minute)
+		time.Sleep(49 * time.Hour)
+		e.Run(3 * time.Minute)
+		e.expectShown("creating", names)
 		time.Sleep(time.Hour)
-		e.sim.Inject(openaisim.Fault{Kind: "hang", Times: -1})
-		for range 3 {
-			start := time.Now()
-			e.tick()
-			if took := time.Since(start); took > 30*time.Second {
-				t.Errorf("periodic call: took %v, want at most 30s", took)
-			}
-		}
-		if got := e.logged("ERROR", "listing"); got != 0 {
-			t.Errorf("errors of a sweep that has no time: got %d, want none", got)
-		}
 		e.sim.ClearFaults()
-		e.ticks(2 * time.Minute)
-		e.accounts(0)
-		e.nothingPending()
+		e.Run(2 * time.Minute)
+		e.oneKey("when OpenAI is heard again")
+		e.expectShown("creating", "[]")
+	})
+	inBubble(t, func(t *testing.T, e *env) {
+		e.failCreate(openaisim.Fault{})
+		names := e.rotateFails("500")
+		e.sim.Advance(72 * time.Hour) // nor is OpenAI's clock believed that is ahead of this one
+		time.Sleep(lostTime - time.Minute)
+		e.Run(time.Minute)
+		e.expectShown("creating", names)
+		e.Run(time.Minute)
+		e.expectShown("creating", "[]")
+		e.sim.ResetCalls()
+		e.Run(5 * time.Minute)
+		e.equal("lists when there is nothing to look for", e.countCalls("GET", "/admin_api_keys"), 0)
 	})
 }
 
-// TestPeriodicShares: an admin key whose deletion hangs does not keep credentials from being
-// cleaned up.
-func TestPeriodicShares(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newConfiguredEnv(t)
-		resp := e.creds("web")
-		e.failing(openaisim.Fault{Method: http.MethodDelete, Status: http.StatusForbidden})
-		e.ok(logical.UpdateOperation, "config/rotate", nil)
-		if err := failure(e.lease(logical.RevokeOperation, resp.Secret)); err == nil {
-			t.Error("revocation: got success, want an error")
+// TestRotateMany: at most 50 keys are looked for at a time. A creation that was refused leaves none.
+func TestRotateMany(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.failCreate(openaisim.Fault{Status: 403})
+		e.equal("creating after a refusal", e.rotateFails("403"), "[]")
+		for range 50 {
+			e.failCreate(openaisim.Fault{})
+			e.rotateFails("500")
 		}
-		e.sim.ClearFaults()
-		e.failing(openaisim.Fault{Method: http.MethodDelete, Path: "/admin_api_keys/", Kind: "hang"})
-		e.tick()
-		e.accounts(0)
-		if got := e.config().PendingDeletion; len(got) != 1 {
-			t.Errorf("admin keys pending deletion: got %d, want 1", len(got))
-		}
-		e.sim.ClearFaults()
-		e.tick()
-		e.oneKey()
+		e.sim.ResetCalls()
+		e.equal("names", len(e.rotateFails("50 admin keys")), 50)
+		e.equal("creations", e.countCalls("POST", ""), 0)
+		time.Sleep(lostTime)
+		e.Run(2 * time.Minute)
+		e.expectShown("creating", "[]")
+		e.ok("config/rotate", nil)
+		e.oneKey("in the end")
 	})
+}
+
+// TestRotateOrganization: a key whose creation was lost is looked for in its own organization, also days later.
+func TestRotateOrganization(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		name, old := e.loseKey(), e.config()
+		e.ok("config", map[string]any{"organization_id": "org-other", "admin_api_key": "sk-admin-other",
+			"admin_api_key_id": "key_other", "verify_connection": false})
+		e.sim.Inject(openaisim.Fault{Status: 200, Body: `{"data":[{"id":"key_other"}]}`, Times: -1})
+		for range 3 {
+			e.Run(3 * time.Minute)
+			time.Sleep(lostTime)
+		}
+		e.equal("deletions in the other organization", e.countCalls("DELETE", ""), 0)
+		e.expectShown("creating", []string{name})
+		e.sim.ClearFaults()
+		e.ok("config", map[string]any{"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey,
+			"admin_api_key_id": old.AdminAPIKeyID})
+		e.Run(2 * time.Minute)
+		e.oneKey("back in its organization")
+		e.expectShown("creating", "[]")
+	})
+}
+
+// TestRotateUnderWay: during a rotation a tick leaves the admin keys alone, and neither logs nor counts that.
+func TestRotateUnderWay(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.ok("config", map[string]any{"rotation_period": "1h"})
+		e.loseKey()
+		e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: http.StatusForbidden})
+		e.ok("config/rotate", nil) // now there is a key to find, one to delete, and soon a rotation to make
+		time.Sleep(time.Hour)
+		e.sim.SetLatency(20 * time.Second)
+		var group sync.WaitGroup
+		group.Go(func() { e.ok("config/rotate", nil) })
+		synctest.Wait()
+		e.b().passMu.Lock() // tidy has its own words
+		state := func() string { return fmt.Sprint(e.Log, e.series(), e.Storage.All(), len(e.sim.Calls())) }
+		before := state()
+		for range 3 {
+			e.Tick()
+		}
+		if state() != before {
+			t.Errorf("ticks have done something, with log %s", e.Log)
+		}
+		e.b().passMu.Unlock()
+		e.sim.SetLatency(0)
+		group.Wait()
+		e.Tick()
+		e.oneKey("in the end")
+	})
+}
+
+// TestRotatePending: an old key that can't be deleted is shown, told once, and deleted later, unless used again.
+func TestRotatePending(t *testing.T) {
+	cases := map[string]int{"refused": 403, "gone": 404, "limited": 429, "failed": 500, "used again": 400}
+	inBubbles(t, cases, func(t *testing.T, e *env, status int) {
+		want := []string{e.config().AdminAPIKeyID}
+		e.failing("DELETE", "admin_api_keys", status)
+		resp := e.ok("config/rotate", nil)
+		if status == 404 {
+			want = []string{}
+		} else if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], want[0]) {
+			t.Errorf("warnings: got %v, want one that names the old key", resp.Warnings)
+		}
+		e.equal("metric", e.metric("admin_keys_pending_deletion"), len(want))
+		e.Run(3 * time.Minute)
+		e.expectShown("pending_deletion", want)
+		if status == 400 {
+			e.configure(nil) // with the old key
+		}
+		e.sim.ClearFaults()
+		e.Run(time.Minute)
+		e.expectShown("pending_deletion", "[]")
+		e.keyWorks("when deletions work")
+		if status != 404 && status != 400 { // the simulator has not really deleted it, or the new key is nobody's
+			e.oneKey("when deletions work")
+			e.equal("warnings of the next rotation", e.ok("config/rotate", nil).Warnings, "[]")
+		}
+	})
+}
+
+// TestRotateSchedule: without a rotation manager of Vault the plugin rotates from its ticks, by period or cron (UTC).
+func TestRotateSchedule(t *testing.T) {
+	defer func(zone *time.Location) { time.Local = zone }(time.Local)
+	time.Local = time.FixedZone("elsewhere", 5*60*60+30*60) // schedules are in UTC all the same
+	type set = map[string]any
+	type tt struct {
+		config, change set // change is written after down
+		down, up       int // minutes that Vault is down, from midnight (UTC) on, and then up
+		want           string
+	}
+	period, hourly := set{"rotation_period": "90m"}, set{"rotation_schedule": "30 * * * *"}
+	nightly := set{"rotation_schedule": "0 3 * * *", "rotation_window": "2h"}
+	inBubbles(t, map[string]tt{
+		"period":          {period, nil, 0, 300, "01:30 03:00 04:30"},
+		"period missed":   {period, nil, 240, 120, "04:01 05:31"},
+		"schedule":        {hourly, nil, 0, 180, "00:30 01:30 02:30"},
+		"schedule missed": {hourly, nil, 120, 60, "02:01 02:30"},
+		"window":          {nightly, nil, 0, 28 * 60, "03:00 03:00"},
+		"in the window":   {nightly, nil, 290, 24 * 60, "04:51 03:00"},
+		"after it":        {nightly, nil, 300, 24 * 60, "03:00"},
+		"disabled":        {period, set{"disable_automated_rotation": true}, 120, 600, ""},
+		"cleared":         {period, set{"rotation_period": 0}, 120, 600, ""},
+		"shortened":       {period, set{"rotation_period": "20m"}, 10, 60, "00:20 00:40 01:00"},
+		"lengthened":      {period, set{"rotation_period": "3h"}, 120, 120, "03:00"},
+		"new schedule":    {hourly, set{"rotation_schedule": "45 * * * *"}, 20, 60, "00:45"},
+		"other kind":      {period, set{"rotation_schedule": "45 * * * *", "rotation_period": 0}, 20, 120, "00:45 01:45"},
+	}, func(t *testing.T, e *env, tt tt) {
+		if tt.change == nil { // OpenBao's error
+			e.System.RotationErr = errors.New("rpc error: code = Unimplemented desc = unknown method")
+		}
+		e.ok("config", tt.config)
+		e.expectShown("rotation_manager", "plugin")
+		time.Sleep(time.Duration(tt.down) * time.Minute)
+		e.Restart()
+		e.ok("config", tt.change)
+		var got []string
+		for range tt.up {
+			before := e.config().AdminAPIKeyID
+			next, _ := time.Parse(time.RFC3339, e.get("config").Data["next_rotation"].(string))
+			e.Run(time.Minute)
+			now := time.Now().UTC()
+			rotated := e.config().AdminAPIKeyID != before
+			if rotated {
+				got = append(got, now.Format("15:04"))
+				e.expectShown("last_rotated", formatTime(now))
+			}
+			e.equal(fmt.Sprint("rotated when next_rotation is ", next, " at ", now), rotated, !next.IsZero() && !next.After(now))
+		}
+		e.equal("rotations", strings.Join(got, " "), tt.want)
+		e.oneKey("in the end")
+	})
+}
+
+// TestRotateWrongID: a rotation with the id of another key, which it would delete, is refused.
+func TestRotateWrongID(t *testing.T) {
+	e := newConfiguredEnv(t)
+	_, other := e.sim.AddAdminKey("somebody else's")
+	e.ok("config", map[string]any{"admin_api_key_id": other, "verify_connection": false})
+	e.equal("creating", e.rotateFails(other), "[]")
+	e.equal("live admin keys", len(e.sim.AdminKeys()), 2)
+}
+
+// TestRotateRetry: a scheduled rotation that fails is tried again after 1, 2, 4 … minutes, until a config write.
+func TestRotateRetry(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		attempts := func(minutes int, want ...int) {
+			t.Helper()
+			var got []int
+			e.sim.ResetCalls()
+			for minute := range minutes {
+				e.Run(time.Minute)
+				if e.countCalls("POST", "/admin_api_keys") > len(got) {
+					got = append(got, minute)
+				}
+			}
+			e.equal("minutes of attempts", got, want)
+		}
+		e.ok("config", map[string]any{"rotation_period": "1h"})
+		time.Sleep(time.Hour - time.Minute)
+		e.failing("POST", "/admin_api_keys$", 500)
+		attempts(250, 0, 1, 3, 7, 15, 31, 63, 123, 183, 243)
+		e.ok("config", map[string]any{"rotation_period": "30m"})
+		attempts(1, 0)
+		e.sim.ClearFaults()
+		attempts(31, 0, 30)
+		e.failing("POST", "/admin_api_keys$", 403)
+		attempts(31, 29, 30)
+	})
+}
+
+// TestRotateReplication: only the active node of the primary, or of a local mount, rotates and deletes lost admin keys.
+func TestRotateReplication(t *testing.T) {
+	type tt struct {
+		state          consts.ReplicationState
+		local, rotates bool
+	}
+	inBubbles(t, map[string]tt{
+		"primary":                {consts.ReplicationPerformancePrimary, false, true},
+		"standby":                {consts.ReplicationPerformanceStandby, false, false},
+		"secondary":              {consts.ReplicationPerformanceSecondary, false, false},
+		"secondary, local mount": {consts.ReplicationPerformanceSecondary, true, true},
+		"DR secondary":           {consts.ReplicationDRSecondary, false, false},
+	}, func(t *testing.T, e *env, tt tt) {
+		e.ok("config", map[string]any{"rotation_period": "1h"})
+		name, first := e.loseKey(), e.config().AdminAPIKeyID
+		e.System.ReplicationStateVal, e.System.LocalMountVal = tt.state, tt.local
+		e.Run(3 * time.Hour)
+		e.equal("rotated", e.config().AdminAPIKeyID != first, tt.rotates)
+		e.equal("lost key there", e.hasKey(name), !tt.rotates)
+		e.equal("rotation by Vault works", failure(e.Do(logical.RotationOperation, "config", nil)) == nil, tt.rotates)
+	})
+}
+
+// TestRotateTakenOver: the older plugin's config is taken over by the first tick, or by Vault's rotation manager.
+func TestRotateTakenOver(t *testing.T) {
+	inBubbles(t, map[string]bool{managerPlugin: false, managerVault: true}, func(t *testing.T, e *env, byVault bool) {
+		if byVault {
+			e.System.RotationErr = nil
+		}
+		key, id := e.sim.AdminKey()
+		e.put("config", fmt.Sprintf(`{"admin_api_key":%q,"admin_api_key_id":%q,"api_endpoint":"https://api.openai.com/v1",
+			"organization_id":"org-sim","last_rotated_time":"2000-01-01T00:00:00Z","rotation_schedule":"","rotation_window":0,
+			"rotation_period":3600000000000,"disable_automated_rotation":false,"rotation_policy":""}`, key, id))
+		e.Restart()
+		e.Run(time.Minute)
+		e.expectShown("rotation_manager", map[bool]string{false: managerPlugin, true: managerVault}[byVault])
+		e.Run(time.Hour)
+		e.equal("the plugin has rotated", e.config().AdminAPIKeyID != id, !byVault)
+		e.equal("registered", len(e.System.Registered()) == 1, byVault)
+		id = e.config().AdminAPIKeyID
+		e.op(logical.RotationOperation, "config", nil)
+		e.equal("Vault has rotated", e.config().AdminAPIKeyID != id, true)
+		e.oneKey("in the end")
+		e.failing("POST", "", 403)
+		e.fails("Vault's rotation", failure(e.Do(logical.RotationOperation, "config", nil)), "403")
+	})
+}
+
+// TestRotateTTL: admin_key_ttl must leave time for two rotations, and who has a key that ends is warned.
+func TestRotateTTL(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		type set = map[string]any
+		const day = 24 * time.Hour
+		time.Sleep(2*day + 10*time.Hour) // to a Monday morning
+		for _, tt := range []struct{ schedule, period, ttl, refused string }{
+			{"", "0", "24h", "no"}, {"", "12h", "24h", ""}, {"", "12h", "23h59m", "no"}, {"", "12h", "365d", ""},
+			{"", "12h", "8761h", "no"}, {"", "200d", "365d", "no"}, {"0 3 * * 1-5", "0", "143h", "no"},
+			{"0 3 1 * *", "0", "62d", ""}, {"0 3 1 * *", "0", "61d", "no"}, {"* 9-17 * * 1-5", "0", "6d", ""},
+			{"* 9-17 * * 1-5", "0", "2d", "no"}, {"0 3 29 2 *", "0", "365d", "no"}, // many short gaps come before the long one
+		} {
+			data := set{"admin_key_ttl": tt.ttl, "rotation_schedule": tt.schedule, "rotation_period": tt.period}
+			if tt.refused == "" {
+				e.ok("config", data)
+				data["disable_automated_rotation"] = true
+			}
+			e.refused("config", data, "admin_key_ttl")
+			e.ok("config", set{"admin_key_ttl": 0})
+		}
+		made, err := e.b().newClient(e.config()).createAdminKey(t.Context(), "ends", day)
+		e.equal("creating a key that ends", err, nil)
+		resp := e.ok("config", set{"admin_api_key": made.Value, "admin_api_key_id": made.ID, "rotation_schedule": ""})
+		end := formatTime(time.Now().Add(day))
+		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], end) {
+			t.Errorf("config with a key that ends: got %q, want one warning with %s", resp.Warnings, end)
+		}
+		resp = e.ok("config", set{"rotation_period": "10d", "admin_key_ttl": "20d"})
+		e.equal("no warning with a schedule", resp == nil, true)
+		e.refused("config", set{"rotation_period": "11d"}, "admin_key_ttl")
+		e.ok("config/rotate", nil)
+		e.expectShown("admin_key_expires_at", formatTime(time.Now().Add(20*day)))
+		warnings := 0
+		expect := func(d time.Duration, atLeast, atMost int, when string) {
+			t.Helper()
+			e.Run(d)
+			got := e.Log.Count("warn", "expires soon") - warnings
+			if warnings += got; got < atLeast || got > atMost {
+				t.Errorf("warnings %s: got %d, want %d to %d", when, got, atLeast, atMost)
+			}
+		}
+		e.failing("POST", "/admin_api_keys$", 403) // rotations fail from now on
+		time.Sleep(13*day - 2*time.Minute)
+		expect(time.Minute, 0, 0, "more than a week before the key's end")
+		expect(6*time.Hour, 6, 6, "in six hours")
+		e.sim.ClearFaults()
+		expect(time.Hour, 0, 1, "until the rotation is tried again")
+		expect(6*time.Hour, 0, 0, "after the rotation")
+		// A life so short that the key always ends soon, with rotations in time, and then not.
+		e.ok("config", set{"rotation_period": "1d", "admin_key_ttl": "2d"})
+		e.ok("config/rotate", nil)
+		expect(50*time.Hour, 0, 0, "of a key whose successor was on time")
+		e.failing("POST", "/admin_api_keys$", 403)
+		expect(26*time.Hour, 1, 26, "of a key whose successor was late")
+	})
+}
+
+// TestReport: each change is a line of the log and, on Enterprise, an observation and an event, of which README tells.
+func TestReport(t *testing.T) {
+	readme, _ := os.ReadFile("README.md")
+	all := strings.Fields("config-write role-write creds-issue creds-issue creds-renew creds-revoke rotate-root " +
+		"creds-issue-fail creds-renew-fail creds-revoke-fail rotate-root-fail role-delete config-delete")
+	const log = "INFO config-write, INFO role-write, DEBUG creds-issue, DEBUG creds-issue, DEBUG creds-renew, " +
+		"DEBUG creds-revoke, INFO rotate-root, DEBUG request refused, WARN creds-issue-fail, WARN creds-renew-fail, " +
+		"WARN creds-revoke-fail, WARN rotate-root-fail, INFO role-delete, INFO config-delete"
+	for metadata, want := range map[string][]string{"": nil, "ent": all, "ent.hsm.fips1403": all, "error": all} {
+		e := newEnv(t)
+		e.System.PluginEnvironment = &logical.PluginEnvironment{VaultVersionMetadata: metadata}
+		if metadata == "error" {
+			e.System.PluginEnvErr = errStep
+		}
+		e.configure(nil)
+		e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+		l, other := e.lease("web"), e.lease("web")
+		e.equal("errors", errors.Join(e.Renew(l, 0), e.Revoke(l)), nil)
+		e.ok("config/rotate", nil)
+		resp, err := e.Do(logical.ReadOperation, "creds/web", map[string]any{"ttl": 0})
+		e.refusal(resp, err, "ttl")
+		e.failing("", "", 401)
+		_, err = e.Issue("creds/web", nil)
+		e.fails("all", errors.Join(err, e.Renew(other, 0), e.Revoke(other)), "401")
+		e.rotateFails("401") // and reads config, which tells nothing
+		e.op(logical.DeleteOperation, "roles/web", nil)
+		e.op(logical.DeleteOperation, "config", nil)
+		var got []string
+		for text := range strings.Lines(e.Log.String()) {
+			m := regexp.MustCompile(`^\S+ \[([A-Z]+)\] +(.*?): (.*)\n$`).FindStringSubmatch(text)
+			want := `^name=web project_id=pro\S+ service_account_id=svc\S+ api_key_id=key\S+ mount=openai/ request_id=req\S+$`
+			if m[2] == "creds-renew" && !regexp.MustCompile(want).MatchString(m[3]) {
+				t.Errorf("log: got %q, want %s", text, want)
+			}
+			got = append(got, m[1]+" "+m[2])
+		}
+		e.equal("log", strings.Join(got, ", "), log)
+		for events, reports := range [][]vaultsim.Report{e.System.Observations(), e.System.Events()} {
+			var got []string
+			for _, r := range reports {
+				name, fail := strings.CutSuffix(r.Type, "-fail")
+				got = append(got, strings.TrimPrefix(r.Type, "openai/"))
+				if account := r.Data["service_account_id"]; !strings.Contains(string(readme), "`"+name+"`") ||
+					r.Type == "openai/creds-renew" && account != l.Data["service_account_id"] {
+					t.Errorf("README lacks %s, or it tells of another account, %v", name, account)
+				}
+				if events == 1 {
+					e.equal(r.Type, fmt.Sprint("openai/", r.Data["operation"], r.Data["modified"]), fmt.Sprint(r.Type, !fail))
+				}
+				e.equal(r.Type+" with an error", r.Data["error"] != nil, fail)
+			}
+			e.equal("reports with metadata "+metadata, got, want)
+			e.noSecrets("a report", fmt.Sprint(reports))
+		}
+	}
+}
+
+var metricLine = regexp.MustCompile(`^(?:# (HELP|TYPE) (vault_openai_[a-z_]+) (.+)|` +
+	`(vault_openai_[a-z_]+)((?:\{(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+\})?) ([0-9.]+))\n$`)
+
+// series reads the metrics in both formats, strictly, checks that both say the same, and returns the values.
+func (e *env) series() map[string]float64 {
+	e.t.Helper()
+	answer := e.op(logical.ReadOperation, "metrics", map[string]any{"format": "prometheus"}).Data
+	e.equal("content type", answer[logical.HTTPContentType], "text/plain; version=0.0.4; charset=utf-8")
+	all, data, family, kind, bound, count := map[string]float64{}, map[string]float64{}, "", "", 0.0, 0.0
+	for line := range strings.Lines(string(answer[logical.HTTPRawBody].([]byte))) {
+		m := metricLine.FindStringSubmatch(line)
+		switch {
+		case m == nil || m[1] == "HELP" && m[2] == family || m[1] == "TYPE" && m[2] != family:
+			e.t.Fatalf("line %q of family %s", line, family)
+		case m[1] == "HELP":
+			family = m[2]
+			continue
+		case m[1] == "TYPE":
+			kind = m[3]
+			e.equal(family+" is a counter", kind == "counter", strings.HasSuffix(family, "_total"))
+			continue
+		}
+		suffix := strings.TrimPrefix(m[4], family)
+		if _, twice := all[m[4]+m[5]]; twice || (suffix != "") != (kind == "histogram") {
+			e.t.Errorf("%q: twice, or among %s", line, family)
+		}
+		value, _ := strconv.ParseFloat(m[6], 64)
+		all[m[4]+m[5]] = value
+		if _, le, ok := strings.Cut(m[5], `,le="`); ok { // buckets rise to all that there is
+			limit, _ := strconv.ParseFloat(strings.TrimSuffix(le, `"}`), 64)
+			if limit <= bound || value < count {
+				e.t.Errorf("%q comes after %v with %v", line, bound, count)
+			}
+			if bound, count = limit, value; math.IsInf(limit, 1) {
+				bound, count = 0, 0
+			}
+		}
+	}
+	for name, value := range e.get("metrics").Data {
+		if value, ok := value.(float64); ok {
+			data[name] = value
+			continue
+		}
+		for labels, v := range value.(map[string]float64) {
+			data[name+"{"+labels+"}"] = v
+		}
+	}
+	e.equal("metrics as data", data, all)
+	return all
+}
+
+// TestMetricsFamilies sees each series of each family move, on success and on failure, and no other result with it.
+func TestMetricsFamilies(t *testing.T) {
+	acts := map[string]func(*env, *vaultsim.Lease){
+		"":       func(*env, *vaultsim.Lease) {},
+		"issue":  func(e *env, _ *vaultsim.Lease) { _, _ = e.Issue("creds/web", nil) },
+		"renew":  func(e *env, l *vaultsim.Lease) { _ = e.Renew(l, 0) },
+		"revoke": func(e *env, l *vaultsim.Lease) { _ = e.Revoke(l) },
+		"rotate": func(e *env, _ *vaultsim.Lease) { _, _ = e.Write("config/rotate", nil) },
+		"tidy":   func(e *env, _ *vaultsim.Lease) { _, _ = e.Write("tidy", nil) },
+		"tick":   func(e *env, _ *vaultsim.Lease) { e.Tick(); e.idle() },
+		"hour":   func(*env, *vaultsim.Lease) { time.Sleep(time.Hour) },
+		"slow":   func(e *env, _ *vaultsim.Lease) { e.sim.SetLatency(2 * time.Second) },
+		"hourly": func(e *env, _ *vaultsim.Lease) {
+			e.ok("config", map[string]any{"rotation_period": "1h", "admin_key_ttl": "2h"})
+		},
+		"lose": func(e *env, _ *vaultsim.Lease) {
+			e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Process: true})
+		},
+		"refuse": func(e *env, _ *vaultsim.Lease) { e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: 403}) },
+		"odd":    func(e *env, _ *vaultsim.Lease) { e.b().metrics.add("api_retries_total", 1, "reason", "a\"b\\c\nd") },
+	}
+	const left = "lose issue refuse revoke" // an account whose creation was lost, and a revocation that failed
+	type fault = openaisim.Fault
+	fails, refused := fault{Times: -1}, fault{Status: 403, Times: -1}
+	undeletable := fault{Method: "DELETE", Status: 403, Times: -1}
+	const start = 946684800
+	tests := []struct {
+		series, prepare string // without prefix
+		fault           fault  // that do meets, if not zero
+		do              string
+		want            float64 // how far it moves
+	}{
+		{`credential_operations_total{role="web",operation="issue",result="success"}`, "", fault{}, "issue issue", 2},
+		{`credential_operations_total{role="web",operation="issue",result="failure"}`, "", fails, "issue", 1},
+		{`credential_operations_total{role="web",operation="renew",result="success"}`, "", fault{}, "renew", 1},
+		{`credential_operations_total{role="web",operation="renew",result="failure"}`, "", fails, "renew", 1},
+		{`credential_operations_total{role="web",operation="revoke",result="success"}`, "", fault{}, "revoke", 1},
+		{`credential_operations_total{role="web",operation="revoke",result="failure"}`, "", fails, "revoke", 1},
+		{`revocations_handed_over_total`, "", fails, "revoke revoke revoke revoke revoke", 1},
+		{`api_requests_total{operation="create_service_account",status="200"}`, "", fault{}, "issue", 1},
+		{`api_requests_total{operation="create_service_account",status="500"}`, "", fails, "issue", 1},
+		{`api_requests_total{operation="create_service_account",status="error"}`, "lose", fault{}, "issue", 1},
+		{`api_request_duration_seconds_count{operation="delete_service_account"}`, "", fault{}, "revoke", 1},
+		{`api_request_duration_seconds_sum{operation="delete_service_account"}`, "slow", fault{}, "revoke", 2},
+		{`api_request_duration_seconds_bucket{operation="create_service_account",le="+Inf"}`, "lose", fault{}, "issue", 1},
+		{`api_retries_total{reason="500"}`, "", fault{Times: 2}, "revoke", 2},
+		{`api_retries_total{reason="connection"}`, "", fault{Kind: "refuse"}, "issue", 1},
+		{`api_retries_total{reason="a\"b\\c\nd"}`, "", fault{}, "odd", 1},
+		{`api_rate_limit_wait_seconds_total`, "", fault{Status: 429, Header: http.Header{"Retry-After": {"7"}}}, "issue", 7},
+		{`rotations_total{trigger="manual",result="success"}`, "", fault{}, "rotate", 1},
+		{`rotations_total{trigger="manual",result="failure"}`, "", fails, "rotate", 1},
+		{`rotations_total{trigger="plugin",result="success"}`, "hourly hour", fault{}, "tick", 1},
+		{`rotations_total{trigger="plugin",result="failure"}`, "hourly hour", refused, "tick", 1},
+		{`cleanups_total{result="success"}`, left, fault{}, "tick", 1},
+		{`cleanups_total{result="failure"}`, left, refused, "tick", 1},
+		{`cleanups_pending`, "", fails, "revoke", 1},
+		{`cleanups_pending`, left, fault{}, "tick", -1},
+		{`tidy_passes_total{result="success"}`, "", fault{}, "tidy", 1},
+		{`tidy_passes_total{result="failure"}`, "", refused, "tidy", 1},
+		{`tidy_passes_total{result="success"}`, "hour", fault{}, "tick", 1},
+		{`tidy_deletions_total{result="success"}`, left, fault{}, "tick", 1},
+		{`tidy_deletions_total{result="failure"}`, left, undeletable, "tick", 1},
+		{`tidy_last_pass_timestamp_seconds`, "hour", fault{}, "tidy", start + 3600},
+		{`lost_creates`, "", fails, "issue", 1},
+		{`lost_creates`, left, fault{}, "tick", -1},
+		{`admin_key_last_rotation_timestamp_seconds`, "hour", fault{}, "rotate", 3600},
+		{`admin_key_next_rotation_timestamp_seconds`, "", fault{}, "hourly", start + 3600},
+		{`admin_key_expiry_timestamp_seconds`, "hourly", fault{}, "rotate", start + 7200},
+		{`admin_keys_pending_deletion`, "", undeletable, "rotate", 1},
+		{`build_info{version="",goversion="` + runtime.Version() + `"}`, "", fault{}, "", 0},
+	}
+	moved := map[string]bool{}
+	for _, tt := range tests {
+		moved[regexp.MustCompile(`(_bucket|_sum|_count)?(\{.*)?$`).ReplaceAllString(tt.series, "")] = true
+		t.Run(tt.series, func(t *testing.T) {
+			inBubble(t, func(t *testing.T, e *env) {
+				l := e.lease("web")
+				for _, name := range strings.Fields(tt.prepare) {
+					acts[name](e, l)
+				}
+				before := e.series()
+				if tt.fault.Status != 0 || tt.fault.Kind != "" || tt.fault.Times != 0 {
+					e.sim.Inject(tt.fault)
+				}
+				for _, name := range strings.Fields(tt.do) {
+					acts[name](e, l)
+				}
+				after, opposite := e.series(), strings.NewReplacer("success", "failure", "failure", "success").Replace(tt.series)
+				name := metricPrefix + tt.series
+				if _, ok := after[name]; !ok || math.Abs(after[name]-before[name]-tt.want) > 1e-6 {
+					t.Errorf("moved by %v, want %v", after[name]-before[name], tt.want)
+				}
+				if name := metricPrefix + opposite; opposite != tt.series && after[name] != before[name] {
+					t.Errorf("%s moved too", opposite)
+				}
+			})
+		})
+	}
+	for _, f := range families {
+		if !moved[f.name] {
+			t.Errorf("no test sees %s move", f.name)
+		}
+	}
+}
+
+// TestMetricsBound: however many roles there are, the metrics take bounded memory and lose no count.
+func TestMetricsBound(t *testing.T) {
+	e := newEnv(t)
+	e.equal("series from the start, for Prometheus to see the first event", len(e.series()), 2+3*2+3*2+3)
+	var group sync.WaitGroup
+	for range 4 {
+		group.Go(func() {
+			for i := range 8000 {
+				e.b().metrics.add("credential_operations_total", 1, "role", fmt.Sprint(i), "operation", "issue")
+			}
+		})
+	}
+	group.Wait()
+	all, sum := e.series(), 0.0
+	for name, value := range all {
+		if strings.Contains(name, "credential_operations_total") {
+			sum += value
+		}
+	}
+	if len(all) > maxSeries+9 || sum != 4*8000 {
+		t.Errorf("got %d series with a sum of %v, want at most %d and 32000", len(all), sum, maxSeries)
+	}
 }
 
 // TestMetricsDocumented: whoever adds a metric adds it to README and to the dashboard.
 func TestMetricsDocumented(t *testing.T) {
 	for _, file := range []string{"README.md", "examples/grafana/dashboard.json"} {
 		text, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
 		for _, f := range families {
-			if !strings.Contains(string(text), metricPrefix+f.name) {
-				t.Errorf("%s lacks %s", file, metricPrefix+f.name)
+			if err != nil || !strings.Contains(string(text), metricPrefix+f.name) {
+				t.Errorf("%s lacks %s, %v", file, metricPrefix+f.name, err)
 			}
 		}
 	}
 }
 
-// TestKeyStaysAtItsEndpoint: who may write config, but does not know the key, can't have it
-// sent elsewhere.
-func TestKeyStaysAtItsEndpoint(t *testing.T) {
-	e := newConfiguredEnv(t)
-	before := e.config()
-	for _, data := range []map[string]any{
-		{"api_endpoint": "https://example.com/v1"},
-		{"api_endpoint": "https://example.com/v1", "verify_connection": false},
-	} {
-		e.refused(logical.UpdateOperation, "config", data, "api_endpoint", "admin_api_key")
-	}
-	e.ok(logical.UpdateOperation, "config", map[string]any{"api_endpoint": before.APIEndpoint})
-	if got := e.config(); got.APIEndpoint != before.APIEndpoint {
-		t.Errorf("endpoint: got %q, want %q", got.APIEndpoint, before.APIEndpoint)
+// BenchmarkCreds issues and revokes a credential, without a log and with an OpenAI that answers at once.
+func BenchmarkCreds(b *testing.B) {
+	e := newConfiguredEnv(b)
+	engine := newBackend(e.sim.Transport(), e.b().mountID)
+	err := engine.Setup(b.Context(), &logical.BackendConfig{System: e.System, StorageView: e.Storage})
+	b.ReportAllocs()
+	for b.Loop() {
+		req := &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.Storage}
+		for range 2 {
+			resp, doErr := engine.HandleRequest(b.Context(), req)
+			if err = errors.Join(err, failure(resp, doErr)); err != nil {
+				b.Fatal(err)
+			}
+			if req.Operation = logical.RevokeOperation; resp != nil {
+				req.Secret = resp.Secret
+			}
+		}
+		e.sim.ResetCalls()
 	}
 }
 
-// TestExistenceCheck leaves bad input to the write, whose answer does not quote it.
-func TestExistenceCheck(t *testing.T) {
-	e := newConfiguredEnv(t)
-	for path, want := range map[string]bool{"config": true, "roles/web": true, "roles/other": false} {
-		if _, got, err := e.b.HandleExistenceCheck(context.Background(), &logical.Request{Path: path, Operation: logical.CreateOperation, Storage: e.storage}); got != want || err != nil {
-			t.Errorf("%s: got %v (%v), want %v", path, got, err, want)
+// BenchmarkMetricsAdd counts on all processors at once, as requests do.
+func BenchmarkMetricsAdd(b *testing.B) {
+	m := newMetrics()
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			m.add("credential_operations_total", 1, "role", "web", "operation", "issue", "result", "success")
 		}
-	}
-	secret := map[string]any{"admin_api_key": map[string]any{"x": "sk-admin-secret"}}
-	_, _, err := e.b.HandleExistenceCheck(context.Background(), &logical.Request{Path: "config", Operation: logical.CreateOperation, Data: secret, Storage: e.storage})
-	if err != nil {
-		t.Errorf("bad input: got error %v, want none", err)
-	}
-	e.refused(logical.UpdateOperation, "config", secret, "admin_api_key does not take this value")
-}
-
-// TestSlowRenewal: however long a renewal waits, the key outlives the lease that Vault makes
-// of its answer, by no more than a minute, and never goes past the longest life.
-func TestSlowRenewal(t *testing.T) {
-	limited := func(seconds string) *openaisim.Fault {
-		return &openaisim.Fault{Status: 429, Header: http.Header{"Retry-After": {seconds}}}
-	}
-	for name, tt := range map[string]struct {
-		fault   *openaisim.Fault
-		latency time.Duration
-	}{
-		"slow answer": {nil, 24 * time.Second}, "slow errors": {&openaisim.Fault{Times: 2}, 20 * time.Second},
-		"limited": {limited("40"), 0}, "limited for a minute": {limited("60"), 0}, "limited, slow answer": {limited("45"), 12 * time.Second},
-	} {
-		for i, age := range []time.Duration{30 * time.Minute, 90 * time.Minute, 90 * time.Minute} { // bounded by ttl, by max_ttl, by the mount
-			t.Run(fmt.Sprint(name, i), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) {
-					e := newConfiguredEnv(t)
-					e.ok(logical.UpdateOperation, "roles/web", map[string]any{"ttl": "1h", "max_ttl": []string{"2h", "2h", "3h"}[i]})
-					e.system.MaxLeaseTTLVal = 2 * time.Hour
-					secret := e.ok(logical.ReadOperation, "creds/web", map[string]any{"ttl": "2h"}).Secret
-					secret.IssueTime = time.Now().Add(300 * time.Millisecond) // when Vault has the answer
-					time.Sleep(age)
-					e.sim.SetLatency(tt.latency)
-					if tt.fault != nil {
-						e.sim.Inject(*tt.fault)
-					}
-					ttl := min(e.renew(secret), time.Until(secret.IssueTime.Add(2*time.Hour)))
-					end := time.Now().Add(ttl)
-					expires := e.sim.ProjectKeys(openaisim.DefaultProject)[0].Expires
-					if over := expires.Sub(end); over < 0 || over > time.Minute {
-						t.Errorf("the key outlives its lease by %s, want 0 to 1m", over)
-					}
-				})
-			})
-		}
-	}
+	})
 }

@@ -23,44 +23,35 @@ import (
 	"sync"
 	"time"
 	"unicode"
+
+	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// Limits of the client. Vault cancels a request after 90 s (its default
-// default_max_request_duration, and the deadline it gives a revocation), so
-// requestTimeout, which backend.HandleRequest sets, leaves time to answer.
+// Limits of the client.
 const (
-	requestTimeout = 75 * time.Second // a Vault request, all its OpenAI calls and waits included
-	undoTimeout    = 5 * time.Second  // of what is done after that to undo a create
-	checkTimeout   = 40 * time.Second // what a write asks OpenAI before it stores
-	attemptTimeout = 25 * time.Second // one HTTP exchange
-	maxAttempts    = 4                // of one call, first one included; waits for a rate limit do not count
-	minBackoff     = 500 * time.Millisecond
-	maxBackoff     = 8 * time.Second
-	maxPause       = 60 * time.Second       // longest wait that a Retry-After can ask for
-	maxAnswer      = 1 << 20                // bytes of an answer that are read
-	maxCalls       = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
-	minInterval    = 15 * time.Millisecond  // between attempts after a first refusal
-	maxInterval    = 250 * time.Millisecond // slowest pace that is kept by itself
+	checkTimeout = 40 * time.Second // what a write asks OpenAI before it stores
+	maxAttempts  = 4                // of one call, first one included; waits for a rate limit do not count
+	minBackoff   = 500 * time.Millisecond
+	maxBackoff   = 8 * time.Second
+	maxPause     = 60 * time.Second       // longest wait that a Retry-After can ask for
+	maxAnswer    = 1 << 20                // bytes of an answer that are read
+	maxCalls     = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
+	minInterval  = 15 * time.Millisecond  // between attempts after a first refusal
+	maxInterval  = 250 * time.Millisecond // slowest pace that is kept by itself
 )
 
-// client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration)
-// with one admin key. A change of config makes a new client.
+// client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration) with one admin
+// key. A change of config makes a new client.
 type client struct {
-	config    config
-	http      *http.Client
-	throttle  *throttle
-	metrics   *metrics
-	userAgent string
-
-	// inflight counts the users of this client. backend.useClient adds to it while
-	// the client is the current one; a rotation waits for it before it deletes the key.
-	inflight sync.WaitGroup
-	// projectNames caches the names of projects by id, for name templates.
-	projectNames sync.Map
+	config       config
+	http         *http.Client
+	throttle     *throttle
+	metrics      *metrics
+	projectNames sync.Map // names of projects by id, for name templates
 }
 
-// newTransport returns the transport that all clients of a mount share, sized for
-// many calls at once to one host. Proxies come from Vault's environment.
+// newTransport returns the transport that all clients of a mount share, sized for many calls at once to one host.
+// Proxies come from Vault's environment.
 func newTransport() *http.Transport {
 	t := http.DefaultTransport.(*http.Transport).Clone()
 	t.MaxIdleConns = maxCalls
@@ -71,27 +62,8 @@ func newTransport() *http.Transport {
 	return t
 }
 
-// newClient returns a client for cfg, which it copies.
-func (b *backend) newClient(cfg *config) *client {
-	agent := "vault-plugin-secrets-openai"
-	if version != "" {
-		agent += "/" + version
-	}
-	return &client{
-		config: *cfg,
-		http: &http.Client{
-			Transport: b.transport,
-			// A redirect would carry the admin key to a host that nobody configured.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		},
-		throttle:  b.throttle,
-		metrics:   b.metrics,
-		userAgent: agent,
-	}
-}
-
-// throttle bounds the calls of one mount. When OpenAI says that its rate limit is
-// reached, all of them wait together, and then go on in the order in which they came.
+// throttle bounds the calls of one mount. When OpenAI says that its rate limit is reached, all of them wait together,
+// and then go on in the order in which they came.
 type throttle struct {
 	slots chan struct{} // holds one for each call under way, its waits included
 	gate  chan struct{} // holds one while a call waits for its turn; the next ones queue
@@ -168,22 +140,26 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// apiError is an answer of OpenAI that is not the one asked for. Its texts come from
-// OpenAI's error object, cut and with keys masked; it never holds a body.
-// https://platform.openai.com/docs/guides/error-codes
+// apiError is an error answer from OpenAI, or the lack of an answer. Its texts come from OpenAI's error object, cut
+// and with keys masked; it never holds a body. https://platform.openai.com/docs/guides/error-codes
 type apiError struct {
-	Status    int    // HTTP status; 2xx when the answer could not be used
+	Status    int    // HTTP status; 2xx: the answer could not be used; 0: there was no whole answer
 	Type      string // e.g. invalid_request_error; empty when the answer was not in OpenAI's form
 	Code      string // e.g. invalid_api_key; may be empty
 	Param     string // the request's field that is at fault; may be empty
 	Message   string
 	RequestID string // x-request-id, which OpenAI's support asks for
 
+	sent        bool          // with status 0: OpenAI may have got the request
+	err         error         // with status 0: what ended the exchange
 	retryAfter  time.Duration // what OpenAI asked to wait; 0: nothing
 	shouldRetry string        // x-should-retry: "true", "false" or empty
 }
 
 func (e *apiError) Error() string {
+	if e.Status == 0 {
+		return e.Message
+	}
 	text := fmt.Sprintf("OpenAI answered %d", e.Status)
 	if e.Code != "" {
 		text += " " + e.Code
@@ -195,15 +171,7 @@ func (e *apiError) Error() string {
 	return text
 }
 
-// transportError is an exchange that brought no whole answer.
-type transportError struct {
-	text string // with keys masked
-	err  error
-	sent bool // whether OpenAI may have got the request
-}
-
-func (e *transportError) Error() string { return e.text }
-func (e *transportError) Unwrap() error { return e.err }
+func (e *apiError) Unwrap() error { return e.err }
 
 // isStatus tells whether err is OpenAI's answer with one of the statuses.
 func isStatus(err error, statuses ...int) bool {
@@ -211,11 +179,12 @@ func isStatus(err error, statuses ...int) bool {
 	return errors.As(err, &e) && slices.Contains(statuses, e.Status)
 }
 
-// isNotFound tells whether OpenAI itself says that the thing does not exist. At a mistyped
-// endpoint neither the page of some other server nor OpenAI's "Invalid URL" counts.
+// isNotFound tells whether OpenAI itself says that the thing does not exist. At a mistyped endpoint neither the page
+// of some other server nor OpenAI's "Invalid URL" counts.
 func isNotFound(err error) bool {
 	var e *apiError
-	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != "" && !strings.HasPrefix(e.Message, "Invalid URL")
+	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != "" &&
+		!strings.HasPrefix(e.Message, "Invalid URL")
 }
 
 // isRefused tells whether OpenAI judged the request itself and did not carry it out.
@@ -225,31 +194,32 @@ func isRefused(err error) bool {
 		!isStatus(err, http.StatusRequestTimeout, http.StatusConflict)
 }
 
-// notDone tells whether a failed create certainly had no effect at OpenAI.
-func notDone(err error) bool {
-	var t *transportError
-	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) || errors.As(err, &t) && !t.sent
-}
-
+// Errors of useClient, before OpenAI is asked.
 var (
-	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+`)
-	idPattern  = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)
+	errNotConfigured     = errors.New("the OpenAI secrets engine is not configured: write config first")
+	errOtherOrganization = errors.New("config has another organization than")
 )
 
-// validID tells whether id may go into a URL and into storage.
-func validID(id string) bool { return idPattern.MatchString(id) }
+// notDone tells whether a create that failed certainly had no effect at OpenAI.
+func notDone(err error) bool {
+	var e *apiError
+	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) ||
+		errors.As(err, &e) && e.Status == 0 && !e.sent
+}
 
-// clean makes text from outside fit for an error or a log: keys are masked, control
-// characters dropped, and no more than 500 bytes kept.
+var keyPattern = regexp.MustCompile(`sk-[^\s"',;]+`)
+
+// clean makes text from outside fit for an error or a log: keys are masked, control characters dropped, and no more
+// than 500 bytes kept.
 func (c *client) clean(text string) string {
-	text = strings.ReplaceAll(text, c.config.AdminAPIKey, "sk-***")
-	text = keyPattern.ReplaceAllString(text, "sk-***")
 	text = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return -1
 		}
 		return r
 	}, text)
+	text = strings.ReplaceAll(text, c.config.AdminAPIKey, "sk-***")
+	text = keyPattern.ReplaceAllString(text, "sk-***")
 	if len(text) > 500 {
 		text = strings.ToValidUTF8(text[:500], "") + "…"
 	}
@@ -260,19 +230,29 @@ func (c *client) clean(text string) string {
 type call struct {
 	name   string // as metrics show it
 	method string
-	path   string // escaped, below the endpoint
-	in     any    // request body, marshalled for each attempt; nil: none
-	out    any    // where the answer goes
-	// repeatable: a second time does no harm, so that it is retried after any passing
-	// fault. Other calls are repeated only when the first certainly was not done.
+	path   string         // escaped, below the endpoint
+	in     map[string]any // request body; nil: none
+	out    any            // where the answer goes
+	date   *time.Time     // where the answer's Date goes, zero if it has none; nil: it is not wanted
+	// repeatable: a second time does no harm, so that it is retried after any passing fault. Other calls are repeated
+	// only when the first certainly was not done.
 	repeatable bool
 }
 
-// do makes the call, waiting and retrying as long as ctx allows. Its errors are
-// *apiError and *transportError.
+// get is a call that reads.
+func get(name, path string) call {
+	return call{name: name, method: http.MethodGet, path: path, repeatable: true}
+}
+
+// post is a call that makes or changes something. One that makes something is not repeatable: see notDone.
+func post(name, path string, in map[string]any) call {
+	return call{name: name, method: http.MethodPost, path: path, in: in}
+}
+
+// do makes the call, waiting and retrying as long as ctx allows. Its errors are of type *apiError.
 func (c *client) do(ctx context.Context, op call) error {
 	waiting := func(what string, err error) error {
-		return &transportError{text: "waiting for " + what + ": " + err.Error(), err: err}
+		return &apiError{Message: "waiting for " + what + ": " + err.Error(), err: err}
 	}
 	if err := c.throttle.acquire(ctx); err != nil {
 		return waiting("other calls to OpenAI", err)
@@ -286,7 +266,7 @@ func (c *client) do(ctx context.Context, op call) error {
 			return cmp.Or(last, waiting("OpenAI's rate limit", err))
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
-			c.metrics.add(metricRateLimitWait, waited.Seconds())
+			c.metrics.add("api_rate_limit_wait_seconds_total", waited.Seconds())
 		}
 		err := c.attempt(ctx, op)
 		if err == nil || ctx.Err() != nil {
@@ -295,11 +275,9 @@ func (c *client) do(ctx context.Context, op call) error {
 		// Half of the wait is random, so that callers do not come back in step.
 		wait, reason := backoff/2+rand.N(backoff/2), "connection" // #nosec G404 -- no secret depends on it
 		var e *apiError
-		if errors.As(err, &e) {
+		if errors.As(err, &e) && e.Status != 0 {
 			reason = strconv.Itoa(e.Status)
-			if e.retryAfter > 0 {
-				wait = e.retryAfter
-			}
+			wait = cmp.Or(e.retryAfter, wait)
 		}
 		limited := isStatus(err, http.StatusTooManyRequests)
 		if limited {
@@ -315,22 +293,20 @@ func (c *client) do(ctx context.Context, op call) error {
 			return err
 		}
 		last, backoff = err, min(2*backoff, maxBackoff)
-		c.metrics.add(metricRetries, 1, "reason", reason)
+		c.metrics.add("api_retries_total", 1, "reason", reason)
 	}
 }
 
-// retryable tells whether the call may be made again after err: the rules of
-// OpenAI's own libraries, but what is not repeatable only if it was not done.
+// retryable tells whether the call may be made again after err: the rules of OpenAI's own libraries, but what is not
+// repeatable only if it was not done.
 func (op call) retryable(err error) bool {
-	var t *transportError
-	if errors.As(err, &t) {
-		return op.repeatable || !t.sent
-	}
 	var e *apiError
-	if !errors.As(err, &e) || e.shouldRetry == "false" {
+	switch {
+	case !errors.As(err, &e) || e.shouldRetry == "false":
 		return false
-	}
-	if e.Status == http.StatusTooManyRequests {
+	case e.Status == 0:
+		return op.repeatable || !e.sent
+	case e.Status == http.StatusTooManyRequests:
 		return true
 	}
 	return op.repeatable && (e.shouldRetry == "true" || e.Status >= 500 ||
@@ -341,7 +317,7 @@ func (op call) retryable(err error) bool {
 func (c *client) attempt(ctx context.Context, op call) (err error) {
 	start, status := time.Now(), "error"
 	defer func() {
-		c.metrics.add(metricRequests, 1, "operation", op.name, "status", status)
+		c.metrics.add("api_requests_total", 1, "operation", op.name, "status", status)
 		c.metrics.observe(op.name, time.Since(start))
 	}()
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
@@ -349,10 +325,7 @@ func (c *client) attempt(ctx context.Context, op call) (err error) {
 
 	var body io.Reader
 	if op.in != nil {
-		raw, err := json.Marshal(op.in)
-		if err != nil {
-			return fmt.Errorf("encoding request: %w", err)
-		}
+		raw, _ := json.Marshal(op.in) // strings, numbers and lists can always be encoded
 		body = bytes.NewReader(raw)
 	}
 	req, err := http.NewRequestWithContext(ctx, op.method, c.config.APIEndpoint+op.path, body)
@@ -361,14 +334,14 @@ func (c *client) attempt(ctx context.Context, op call) (err error) {
 	}
 	req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
 	req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
-	req.Header.Set("User-Agent", c.userAgent)
+	req.Header.Set("User-Agent", strings.TrimSuffix("vault-plugin-secrets-openai/"+version, "/"))
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
 
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return c.transportError(err)
+		return c.noAnswer(err)
 	}
 	defer resp.Body.Close()
 	status = strconv.Itoa(resp.StatusCode)
@@ -377,13 +350,16 @@ func (c *client) attempt(ctx context.Context, op call) (err error) {
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		return c.transportError(err)
+		return c.noAnswer(err)
+	}
+	if op.date != nil {
+		*op.date, _ = http.ParseTime(resp.Header.Get("Date"))
 	}
 	return c.answer(resp, raw, op.out)
 }
 
-// transportError describes err, the failure of an exchange, without the request's URL.
-func (c *client) transportError(err error) error {
+// noAnswer describes err, the failure of an exchange, without the request's URL.
+func (c *client) noAnswer(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err
@@ -396,16 +372,14 @@ func (c *client) transportError(err error) error {
 	} else {
 		text += c.clean(err.Error())
 	}
-	return &transportError{text: text, err: err, sent: !dialing}
+	return &apiError{Message: text, err: err, sent: !dialing}
 }
 
 // answer decodes a whole answer into out, or returns it as an *apiError.
 func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 	e := &apiError{
-		Status:      resp.StatusCode,
-		RequestID:   c.clean(resp.Header.Get("X-Request-Id")),
-		retryAfter:  retryAfter(resp.Header),
-		shouldRetry: resp.Header.Get("X-Should-Retry"),
+		Status: resp.StatusCode, RequestID: c.clean(resp.Header.Get("X-Request-Id")),
+		retryAfter: retryAfter(resp.Header), shouldRetry: resp.Header.Get("X-Should-Retry"),
 	}
 	switch {
 	case len(raw) > maxAnswer:
@@ -436,8 +410,8 @@ func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 	return e
 }
 
-// retryAfter reads how long to wait from Retry-After-Ms (milliseconds) or Retry-After
-// (seconds or an HTTP date); 0 when there is nothing sensible.
+// retryAfter reads how long to wait from Retry-After-Ms (milliseconds) or Retry-After (seconds or an HTTP date); 0
+// when there is nothing sensible.
 func retryAfter(h http.Header) time.Duration {
 	var wait float64 // seconds
 	if ms, err := strconv.ParseFloat(h.Get("Retry-After-Ms"), 64); err == nil {
@@ -478,8 +452,10 @@ func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*
 	return answer, err
 }
 
-// listAll returns the entries of a list that are wanted, from all its pages. query is made its own.
-func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, wanted func(T) bool) (entries []T, err error) {
+// listAll calls visit with each entry of a list, from all its pages, and with the time: the earlier of this machine's
+// and of the Date of OpenAI's answer, or zero if the answer has none. query is made its own.
+func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values,
+	visit func(entry T, now time.Time)) error {
 	query.Set("limit", "100")
 	for {
 		var page struct {
@@ -487,26 +463,29 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 			HasMore bool   `json:"has_more"`
 			LastID  string `json:"last_id"`
 		}
-		if err := c.do(ctx, call{name: name, method: http.MethodGet, path: path + "?" + query.Encode(), out: &page, repeatable: true}); err != nil {
-			return nil, err
+		var now time.Time
+		op := get(name, path+"?"+query.Encode())
+		op.out, op.date = &page, &now
+		if err := c.do(ctx, op); err != nil {
+			return err
+		}
+		if here := time.Now(); here.Before(now) {
+			now = here
 		}
 		for _, entry := range page.Data {
-			if wanted(entry) {
-				entries = append(entries, entry)
-			}
+			visit(entry, now)
 		}
 		if !page.HasMore {
-			return entries, nil
+			return nil
 		}
 		if page.LastID == "" || page.LastID == query.Get("after") {
-			return nil, invalid(name)
+			return invalid(name)
 		}
 		query.Set("after", page.LastID)
 	}
 }
 
-// remove deletes what is at path and checks that OpenAI says so. What is gone already
-// is no error.
+// remove deletes what is at path and checks that OpenAI says so. What is gone already is no error.
 func (c *client) remove(ctx context.Context, name, path string) error {
 	type answer struct{ Deleted bool }
 	_, err := ask(ctx, c, call{name: name, method: http.MethodDelete, path: path, repeatable: true},
@@ -517,8 +496,8 @@ func (c *client) remove(ctx context.Context, name, path string) error {
 	return err
 }
 
-// expiring adds a key's expiry to the body of its creation. OpenAI counts whole seconds,
-// at least one; 0: the key never expires.
+// expiring adds a key's expiry to the body of its creation. OpenAI counts whole seconds, at least one; 0: the key
+// never expires.
 func expiring(in map[string]any, expiresIn time.Duration) map[string]any {
 	if expiresIn > 0 {
 		in["expires_in_seconds"] = int64(expiresIn / time.Second)
@@ -540,8 +519,18 @@ type project struct {
 }
 
 func (c *client) getProject(ctx context.Context, id string) (*project, error) {
-	return ask(ctx, c, call{name: "get_project", method: http.MethodGet, path: projectPath(id), repeatable: true},
+	return ask(ctx, c, get("get_project", projectPath(id)),
 		func(p *project) bool { return p.ID == id })
+}
+
+// activeProjects returns the ids of the organization's projects that are not archived.
+func (c *client) activeProjects(ctx context.Context) (ids []string, err error) {
+	err = listAll(ctx, c, "list_projects", "/organization/projects", url.Values{}, func(p project, _ time.Time) {
+		if p.Status != "archived" && validID(p.ID) {
+			ids = append(ids, p.ID)
+		}
+	})
+	return ids, err
 }
 
 // projectName returns a project's name, from memory after the first call.
@@ -557,8 +546,8 @@ func (c *client) projectName(ctx context.Context, id string) (string, error) {
 	return p.Name, nil
 }
 
-// projectGone tells whether err, of a call inside the project, means that the project
-// was archived or does not exist. Service accounts do not outlive their project.
+// projectGone tells whether err, of a call inside the project, means that the project was archived or does not exist.
+// Service accounts do not outlive their project.
 func (c *client) projectGone(ctx context.Context, id string, err error) bool {
 	if !isRefused(err) || isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests) {
 		return false
@@ -572,6 +561,7 @@ type apiKey struct {
 	ID        string
 	Name      string
 	Value     string
+	CreatedAt int64 `json:"created_at"` // Unix seconds
 	ExpiresAt int64 `json:"expires_at"` // Unix seconds; 0: never
 	Owner     struct {
 		ServiceAccount struct{ ID string } `json:"service_account"`
@@ -589,96 +579,92 @@ type serviceAccount struct {
 	APIKey *apiKey `json:"api_key"` // only in the answer to a creation with a key
 }
 
-// createServiceAccount makes an account with its first key or, when keyless, one that has
-// neither a key nor a role. It is not repeatable: see notDone.
-func (c *client) createServiceAccount(ctx context.Context, projectID, name string, keyless bool, expiresIn time.Duration) (*serviceAccount, error) {
+// createServiceAccount makes an account with its first key or, when keyless, one that has neither a key nor a role.
+func (c *client) createServiceAccount(ctx context.Context, projectID, name string, keyless bool,
+	expiresIn time.Duration) (*serviceAccount, error) {
 	in := expiring(map[string]any{"name": name}, expiresIn)
 	if keyless {
 		in = map[string]any{"name": name, "create_service_account_only": true}
 	}
-	return ask(ctx, c, call{name: "create_service_account", method: http.MethodPost, path: projectPath(projectID, "service_accounts"), in: in},
+	return ask(ctx, c, post("create_service_account", projectPath(projectID, "service_accounts"), in),
 		func(a *serviceAccount) bool { return validID(a.ID) && (keyless || a.APIKey.created()) })
 }
 
 func (c *client) getServiceAccount(ctx context.Context, projectID, id string) (*serviceAccount, error) {
-	return ask(ctx, c, call{name: "get_service_account", method: http.MethodGet, path: projectPath(projectID, "service_accounts", id), repeatable: true},
+	return ask(ctx, c, get("get_service_account", projectPath(projectID, "service_accounts", id)),
 		func(a *serviceAccount) bool { return a.ID == id })
 }
 
 // setServiceAccountRole gives an account a role: member or owner.
 func (c *client) setServiceAccountRole(ctx context.Context, projectID, id, role string) error {
-	_, err := ask(ctx, c, call{
-		name: "update_service_account", method: http.MethodPost, path: projectPath(projectID, "service_accounts", id),
-		in: map[string]any{"role": role}, repeatable: true,
-	}, func(a *serviceAccount) bool { return a.Role == role })
+	op := post("update_service_account", projectPath(projectID, "service_accounts", id), map[string]any{"role": role})
+	op.repeatable = true
+	_, err := ask(ctx, c, op, func(a *serviceAccount) bool { return a.Role == role })
 	return err
 }
 
-// createAPIKey makes a key of an account, restricted to scopes unless there are none. It
-// is not repeatable: see notDone.
-func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name string, scopes []string, expiresIn time.Duration) (*apiKey, error) {
+// createAPIKey makes a key of an account, restricted to scopes unless there are none.
+func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name string, scopes []string,
+	expiresIn time.Duration) (*apiKey, error) {
 	in := expiring(map[string]any{"name": name}, expiresIn)
 	if len(scopes) > 0 {
 		in["scopes"] = scopes
 	}
-	return ask(ctx, c, call{name: "create_api_key", method: http.MethodPost, path: projectPath(projectID, "service_accounts", accountID, "api_keys"), in: in},
-		(*apiKey).created)
+	path := projectPath(projectID, "service_accounts", accountID, "api_keys")
+	return ask(ctx, c, post("create_api_key", path, in), (*apiKey).created)
 }
 
-// credentialsNamed returns what there is of exactly these names: the project's accounts or,
-// where accountID is given, that account's keys.
-func (c *client) credentialsNamed(ctx context.Context, projectID, accountID string, names []string) (found []lease, err error) {
-	if accountID == "" {
-		accounts, err := listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
-			func(a serviceAccount) bool { return slices.Contains(names, a.Name) && validID(a.ID) })
-		for _, a := range accounts {
-			found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID})
-		}
+// credential is an account or a key on an account, as a list shows it.
+type credential struct {
+	lease // its ids
+	name  string
+	at    time.Time // when that was: see listAll
+}
+
+// credentialsNamed returns a project's accounts or, with keys, its keys on accounts, whose names are wanted.
+func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bool, wanted func(name string) bool) (
+	found []credential, err error) {
+	if !keys {
+		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
+			func(a serviceAccount, now time.Time) {
+				if wanted(a.Name) && validID(a.ID) {
+					l := lease{ProjectID: projectID, ServiceAccountID: a.ID}
+					found = append(found, credential{l, a.Name, now})
+				}
+			})
 		return found, err
 	}
 	// Unless asked for any, keys of accounts without a role may be left out.
-	keys, err := listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), url.Values{"owner_project_access": {"any"}},
-		func(k apiKey) bool {
-			return slices.Contains(names, k.Name) && k.Owner.ServiceAccount.ID == accountID && validID(k.ID)
-		})
-	for _, k := range keys {
-		found = append(found, lease{ProjectID: projectID, ServiceAccountID: accountID, APIKeyID: k.ID, KeyOnly: true})
-	}
+	query := url.Values{"owner_project_access": {"any"}}
+	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
+		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
+			l := lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true}
+			found = append(found, credential{l, k.Name, now})
+		}
+	})
 	return found, err
 }
 
-// deleteCredential deletes an account with its keys, or a key alone. What is gone already,
-// alone or with its project, is no error.
+// deleteCredential deletes an account with its keys, or a key alone. What is gone already, alone or with its project,
+// is no error.
 func (c *client) deleteCredential(ctx context.Context, l *lease) error {
 	name, kind := "delete_service_account", "service_accounts"
 	if l.KeyOnly {
 		name, kind = "delete_api_key", "api_keys"
 	}
-	err := c.remove(ctx, name, projectPath(l.ProjectID, kind, l.key()))
+	err := c.remove(ctx, name, projectPath(l.ProjectID, kind, l.id()))
 	if c.projectGone(ctx, l.ProjectID, err) {
 		return nil
 	}
 	return err
 }
 
-// keyLife is sent as the whole seconds that a key lives on, counted when it is sent, so that
-// a call which had to wait asks for no less: ttl, but not past until. At least 1.
-type keyLife struct {
-	ttl   time.Duration
-	until time.Time
-}
-
-func (l keyLife) MarshalJSON() ([]byte, error) {
-	return strconv.AppendInt(nil, max(1, int64(min(l.ttl, time.Until(l.until))/time.Second)), 10), nil
-}
-
-// setKeyLife moves the expiry of a project API key. A key that has expired already can't be
-// updated.
-func (c *client) setKeyLife(ctx context.Context, projectID, keyID string, life keyLife) error {
-	_, err := ask(ctx, c, call{
-		name: "update_api_key", method: http.MethodPost, path: projectPath(projectID, "api_keys", keyID),
-		in: map[string]any{"expires_in_seconds": life}, repeatable: true,
-	}, func(k *apiKey) bool { return k.ID == keyID })
+// setKeyLife makes a project API key expire in so long, counted in whole seconds from when OpenAI gets the request. A
+// key that has expired already can't be updated.
+func (c *client) setKeyLife(ctx context.Context, projectID, keyID string, life time.Duration) error {
+	op := post("update_api_key", projectPath(projectID, "api_keys", keyID), expiring(map[string]any{}, life))
+	op.repeatable = true
+	_, err := ask(ctx, c, op, func(k *apiKey) bool { return k.ID == keyID })
 	return err
 }
 
@@ -691,8 +677,8 @@ type adminKey struct {
 	ExpiresAt     int64  `json:"expires_at"`     // Unix seconds; 0: never
 }
 
-// fits tells whether key can be the one that the redacted value stands for: the value
-// shows how the key begins and ends, with dots or asterisks between.
+// fits tells whether key can be the one that the redacted value stands for: the value shows how the key begins and
+// ends, with dots or asterisks between.
 func (k adminKey) fits(key string) bool {
 	i, j := strings.IndexAny(k.RedactedValue, ".*"), strings.LastIndexAny(k.RedactedValue, ".*")
 	if i < 0 || j == len(k.RedactedValue)-1 {
@@ -703,23 +689,97 @@ func (k adminKey) fits(key string) bool {
 }
 
 func (c *client) getAdminKey(ctx context.Context, id string) (*adminKey, error) {
-	return ask(ctx, c, call{name: "get_admin_api_key", method: http.MethodGet, path: adminKeysPath + apiPath(id), repeatable: true},
+	return ask(ctx, c, get("get_admin_api_key", adminKeysPath+apiPath(id)),
 		func(k *adminKey) bool { return k.ID == id })
 }
 
-// adminKeysWhere returns the organization's admin keys that match.
-func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) ([]adminKey, error) {
-	return listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey) bool { return match(k) && validID(k.ID) })
+// adminKeysWhere returns the organization's admin keys that match, and when that was by OpenAI's clock; zero: not
+// known.
+func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) (
+	keys []adminKey, now time.Time, err error) {
+	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey, at time.Time) {
+		if now = at; match(k) && validID(k.ID) {
+			keys = append(keys, k)
+		}
+	})
+	return keys, now, err
 }
 
-// createAdminKey makes an admin key. It is not repeatable: see notDone.
+// createAdminKey makes an admin key.
 func (c *client) createAdminKey(ctx context.Context, name string, expiresIn time.Duration) (*adminKey, error) {
-	return ask(ctx, c, call{name: "create_admin_api_key", method: http.MethodPost, path: adminKeysPath, in: expiring(map[string]any{"name": name}, expiresIn)},
+	return ask(ctx, c, post("create_admin_api_key", adminKeysPath, expiring(map[string]any{"name": name}, expiresIn)),
 		func(k *adminKey) bool { return validID(k.ID) && k.Value != "" })
 }
 
-// deleteAdminKey deletes an admin key, which stops working at once. A key that is gone
-// already is no error.
+// deleteAdminKey deletes an admin key, which stops working at once. A key that is gone already is no error.
 func (c *client) deleteAdminKey(ctx context.Context, id string) error {
 	return c.remove(ctx, "delete_admin_api_key", adminKeysPath+apiPath(id))
+}
+
+// newClient returns a client for cfg, which it copies.
+func (b *backend) newClient(cfg *config) *client {
+	return &client{config: *cfg, throttle: b.throttle, metrics: b.metrics, http: &http.Client{
+		Transport: b.transport,
+		// A redirect would carry the admin key to a host that nobody configured.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}
+}
+
+// getClient returns the mount's client, made from the stored config where there is none yet.
+func (b *backend) getClient(ctx context.Context, s logical.Storage) (*client, error) {
+	b.mu.RLock()
+	c := b.client
+	b.mu.RUnlock()
+	if c != nil {
+		return c, nil
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.client == nil {
+		ctx, cancel := context.WithTimeout(ctx, undoTimeout) // others wait
+		defer cancel()
+		cfg, err := getConfig(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		if cfg == nil {
+			return nil, errNotConfigured
+		}
+		b.client = b.newClient(cfg)
+	}
+	return b.client, nil
+}
+
+// useClient runs fn with the mount's client. organization is the one that what fn works on belongs to, "" if that is
+// not known: to another organization it would not exist, which looks as if it were deleted. When OpenAI refuses the
+// key, it may have been rotated, here or by another node: fn runs again if config now holds another key. fn makes one
+// call that is not repeatable at the most, so that a refused one was not done.
+func (b *backend) useClient(ctx context.Context, s logical.Storage, organization string, fn func(*client) error) error {
+	for {
+		c, err := b.getClient(ctx, s)
+		if err != nil {
+			return err
+		}
+		if organization != "" && organization != c.config.OrganizationID {
+			return fmt.Errorf("%w %q", errOtherOrganization, organization)
+		}
+		err = fn(c)
+		if !isStatus(err, http.StatusUnauthorized) {
+			return err
+		}
+		cfg, configErr := getConfig(ctx, s)
+		if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
+			return err
+		}
+		b.mu.Lock()
+		if b.client == c {
+			b.client = nil // the next one is made from what config holds by then
+		}
+		b.mu.Unlock()
+	}
+}
+
+// revokeAtOpenAI deletes what a lease stands for at OpenAI.
+func (b *backend) revokeAtOpenAI(ctx context.Context, s logical.Storage, l *lease) error {
+	return b.useClient(ctx, s, l.OrganizationID, func(c *client) error { return c.deleteCredential(ctx, l) })
 }

@@ -6,142 +6,58 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
+	crand "crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
-	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/helper/template"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-const (
-	configPath = "config"
-	rolePrefix = "roles/"
-
-	// secretType is what Vault files leases under; the older plugin's is the same.
-	secretType = "openai_api_key" // #nosec G101 -- a name, not a credential
-
-	defaultEndpoint     = "https://api.openai.com/v1"
-	defaultTTL          = time.Hour
-	defaultMaxTTL       = 24 * time.Hour
-	maxKeyLife          = 365 * 24 * time.Hour // OpenAI's limit of expires_in_seconds
-	defaultNameTemplate = "vault-{{.RoleName}}-{{.RandomSuffix}}"
-	defaultDescription  = "Service account created by Vault"
-	maxNameLength       = 64  // characters of a service account's name
-	maxTemplateLength   = 256 // bytes
-
-	// keyGrace is how long OpenAI lets a key live after its lease's end, for clocks that
-	// differ and answers that are slow. A renewal asks for renewSlack less, which is as long
-	// as its answer can take, so that the key never reaches past issue time + max_ttl + keyGrace.
-	keyGrace   = time.Minute
-	renewSlack = attemptTimeout
-)
-
-// config is the storage entry "config". The older plugin's entry has the fields up to
-// and including AutomatedRotationParams.
-type config struct {
-	AdminAPIKey    string `json:"admin_api_key"`
-	AdminAPIKeyID  string `json:"admin_api_key_id"` // empty in entries of the earliest versions
-	APIEndpoint    string `json:"api_endpoint"`     // without a trailing slash
-	OrganizationID string `json:"organization_id"`
-	// LastRotatedTime is when the key was written or rotated.
-	LastRotatedTime time.Time `json:"last_rotated_time"`
-	automatedrotationutil.AutomatedRotationParams
-
-	// RotationManager is who rotates on schedule: one of the manager constants; empty in
-	// the older plugin's entries.
-	RotationManager string `json:"rotation_manager,omitempty"`
-	// PendingDeletion are the ids of replaced admin keys that OpenAI still has.
-	PendingDeletion []string `json:"pending_deletion,omitempty"`
-	// AdminKeyTTL is the life of the keys that rotation makes; 0: without end.
-	AdminKeyTTL time.Duration `json:"admin_key_ttl,omitempty"`
-	// AdminKeyExpires is when OpenAI expires the present key; zero: never, or not known.
-	AdminKeyExpires time.Time `json:"admin_key_expires,omitzero"`
-}
-
-// getJSON reads a storage entry into out; false when there is none.
-func getJSON(ctx context.Context, s logical.Storage, key string, out any) (bool, error) {
-	entry, err := s.Get(ctx, key)
-	if err == nil && entry != nil {
-		err = entry.DecodeJSON(out)
-	}
-	if err != nil {
-		return false, fmt.Errorf("reading %s: %w", key, err)
-	}
-	return entry != nil, nil
-}
-
-func putJSON(ctx context.Context, s logical.Storage, key string, value any) error {
-	entry, err := logical.StorageEntryJSON(key, value)
-	if err == nil {
-		err = s.Put(ctx, entry)
-	}
-	if err != nil {
-		return fmt.Errorf("storing %s: %w", key, err)
-	}
-	return nil
-}
-
-// getConfig reads the config; nil when there is none.
-func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
-	cfg := &config{}
-	found, err := getJSON(ctx, s, configPath, cfg)
-	if err != nil || !found {
-		return nil, err
-	}
-	cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/") // as the older plugin may have it
-	return cfg, nil
-}
+// secretType is what Vault files leases under; the older plugin's is the same.
+const secretType = "openai_api_key" // #nosec G101 -- a name, not a credential
 
 // toResponseData is what reading config shows: everything but the key.
 func (cfg *config) toResponseData() map[string]any {
 	data := map[string]any{
-		"admin_api_key_id":     cfg.AdminAPIKeyID,
-		"organization_id":      cfg.OrganizationID,
-		"api_endpoint":         cfg.APIEndpoint,
+		"admin_api_key_id": cfg.AdminAPIKeyID, "organization_id": cfg.OrganizationID, "api_endpoint": cfg.APIEndpoint,
 		"admin_key_ttl":        int64(cfg.AdminKeyTTL.Seconds()),
 		"admin_key_expires_at": formatTime(cfg.AdminKeyExpires),
 		"last_rotated":         formatTime(cfg.LastRotatedTime),
 		"next_rotation":        formatTime(cfg.nextRotation(time.Now())),
 		"rotation_manager":     cmp.Or(cfg.RotationManager, managerNone),
 		"pending_deletion":     append([]string{}, cfg.PendingDeletion...),
+		"creating":             cfg.creatingNames(),
 	}
 	cfg.PopulateAutomatedRotationData(data)
 	return data
 }
 
-// formatTime gives RFC 3339 in UTC, and nothing for no time.
-func formatTime(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format(time.RFC3339)
-}
+type (
+	fieldMap  = map[string]*framework.FieldSchema // describes the fields of a request or of an answer, by name
+	fieldData = framework.FieldData               // the fields of a request
+)
 
-// unixTime is a time as OpenAI gives it: seconds, 0 for none.
-func unixTime(seconds int64) time.Time {
-	if seconds <= 0 {
-		return time.Time{}
-	}
-	return time.Unix(seconds, 0)
-}
-
-// The parts of the table of paths. A field is a request's or an answer's.
-
-type fieldMap = map[string]*framework.FieldSchema
+// The types of fields.
+const (
+	text     = framework.TypeString
+	duration = framework.TypeDurationSecond
+	boolean  = framework.TypeBool
+	texts    = framework.TypeCommaStringSlice
+	number   = framework.TypeInt
+)
 
 func field(t framework.FieldType, description string) *framework.FieldSchema {
 	return &framework.FieldSchema{Type: t, Description: description}
@@ -156,28 +72,32 @@ func defaulted(t framework.FieldType, value any, description string) *framework.
 	return &framework.FieldSchema{Type: t, Description: description, Default: value}
 }
 
-// sensitive marks a field whose value is a secret.
-func sensitive(f *framework.FieldSchema) *framework.FieldSchema {
-	f.DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
-	return f
+// secret is a required field whose value is a secret.
+func secret(description string) *framework.FieldSchema {
+	display := &framework.DisplayAttributes{Sensitive: true}
+	return &framework.FieldSchema{Type: text, Description: description, Required: true, DisplayAttrs: display}
 }
 
-// operation is handled by the node that gets it; verb and suffix name it in OpenAPI. Its
-// answer has the fields, or no content where there are none.
-func operation(handler framework.OperationFunc, verb, suffix, summary string, fields fieldMap) *framework.PathOperation {
+// display gives the paths and operations their names in OpenAPI.
+func display(suffix string) *framework.DisplayAttributes {
+	return &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: suffix}
+}
+
+// operation is handled by the node that gets it; verb and suffix name it in OpenAPI. Its answer has the fields, or no
+// content where there are none.
+func operation(run framework.OperationFunc, verb, suffix, summary string, fields fieldMap) *framework.PathOperation {
 	status := http.StatusOK
 	if fields == nil {
 		status = http.StatusNoContent
 	}
 	return &framework.PathOperation{
-		Callback: handler, Summary: summary,
+		Callback: run, Summary: summary,
 		DisplayAttrs: &framework.DisplayAttributes{OperationVerb: verb, OperationSuffix: suffix},
 		Responses:    map[int][]framework.Response{status: {{Description: http.StatusText(status), Fields: fields}}},
 	}
 }
 
-// forwarded makes a performance standby or secondary pass the operation on to where
-// storage can be written.
+// forwarded makes a performance standby or secondary pass the operation on to where storage can be written.
 func forwarded(op *framework.PathOperation) *framework.PathOperation {
 	op.ForwardPerformanceStandby, op.ForwardPerformanceSecondary = true, true
 	return op
@@ -185,67 +105,69 @@ func forwarded(op *framework.PathOperation) *framework.PathOperation {
 
 func pathConfig(b *backend) []*framework.Path {
 	fields := fieldMap{
-		"admin_api_key":     sensitive(required(framework.TypeString, "Admin API key of the OpenAI organization. Required. Never returned.")),
-		"admin_api_key_id":  field(framework.TypeString, "ID of that very key (key_…), which a rotation deletes. Found at OpenAI when absent."),
-		"organization_id":   required(framework.TypeString, "ID of the OpenAI organization (org-…). Required."),
-		"api_endpoint":      defaulted(framework.TypeString, defaultEndpoint, "Base URL of the OpenAI API: https, or http to a loopback address. Default "+defaultEndpoint+"."),
-		"admin_key_ttl":     field(framework.TypeDurationSecond, "Life of the admin keys that rotation makes: at least twice the time between scheduled rotations, at most 365 days. Default 0: without end."),
-		"verify_connection": defaulted(framework.TypeBool, true, "Whether this write proves the key against OpenAI before it is stored: true or false. Not stored itself. Default true."),
+		"admin_api_key": secret("Admin API key of the OpenAI organization. Required. Never returned."),
+		"admin_api_key_id": field(text,
+			"ID of that very key (key_…), which a rotation deletes. Found at OpenAI when absent."),
+		"organization_id": required(text, "ID of the OpenAI organization (org-…). Required."),
+		"api_endpoint": defaulted(text, defaultEndpoint,
+			"Base URL of the OpenAI API: https, or http to a loopback address. Default "+defaultEndpoint+"."),
+		"admin_key_ttl": field(duration, "Life of the admin keys that rotation makes: at least twice the time between "+
+			"scheduled rotations, at most 365 days. Default 0: without end."),
 	}
 	addRotationFields(fields)
-	shown := fieldMap{
-		"admin_api_key_id":     required(framework.TypeString, "ID of the admin API key."),
-		"organization_id":      required(framework.TypeString, "ID of the organization."),
-		"api_endpoint":         required(framework.TypeString, "Base URL of the OpenAI API."),
-		"admin_key_ttl":        required(framework.TypeDurationSecond, "Life of the admin keys that rotation makes, in seconds; 0: without end."),
-		"admin_key_expires_at": required(framework.TypeString, "When OpenAI expires the present key (RFC 3339, UTC); empty: never, or not known."),
-		"last_rotated":         required(framework.TypeString, "When the key was written or rotated (RFC 3339, UTC)."),
-		"next_rotation":        required(framework.TypeString, "When the key is due next (RFC 3339, UTC); empty: never."),
-		"rotation_manager":     required(framework.TypeString, "Who rotates on schedule: vault, plugin or none."),
-		"pending_deletion":     required(framework.TypeCommaStringSlice, "IDs of replaced admin keys still to be deleted at OpenAI."),
-	}
-	addRotationFields(shown)
+	shown := maps.Clone(fields)
+	delete(shown, "admin_api_key")
+	fields["verify_connection"] = defaulted(boolean, true,
+		"Whether this write proves the key at OpenAI before it is stored: true or false. Not stored. Default true.")
+	shown["admin_key_expires_at"] = required(text, "When OpenAI expires the key (RFC 3339); empty: never or unknown.")
+	shown["last_rotated"] = required(text, "When the key was written or rotated (RFC 3339, UTC).")
+	shown["next_rotation"] = required(text, "When the key is due next (RFC 3339, UTC); empty: never.")
+	shown["rotation_manager"] = required(text, "Who rotates on schedule: vault, plugin or none.")
+	shown["pending_deletion"] = required(texts, "IDs of replaced admin keys still to be deleted at OpenAI.")
+	shown["creating"] = required(texts, "Names of admin keys that a rotation began to make and that OpenAI may have.")
+	shown["mount_id"] = required(text, "The tag in the names of what this mount makes at OpenAI.")
 	rotated := fieldMap{
-		"admin_api_key_id": required(framework.TypeString, "ID of the new admin API key."),
-		"rotated_time":     required(framework.TypeString, "When it was put to use (RFC 3339, UTC)."),
+		"admin_api_key_id": required(text, "ID of the new admin API key."),
+		"rotated_time":     required(text, "When it was put to use (RFC 3339, UTC)."),
 	}
-	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and how it is rotated.", nil))
+	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and its rotation.", nil))
 	return []*framework.Path{{
-		Pattern:      configPath,
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
-		Fields:       fields,
+		Pattern: configPath, DisplayAttrs: display(""),
+		Fields: fields,
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.CreateOperation: write,
-			logical.UpdateOperation: write,
-			logical.ReadOperation:   operation(b.configRead, "read", "configuration", "Read the configuration, without the admin API key.", shown),
-			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration", "Delete the configuration. Leases are not revoked at OpenAI without one.", nil)),
+			logical.CreateOperation: write, logical.UpdateOperation: write,
+			logical.ReadOperation: operation(b.configRead, "read", "configuration",
+				"Read the configuration, without the admin API key.", shown),
+			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration",
+				"Delete the configuration. Leases are not revoked at OpenAI without one.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *framework.FieldData) (bool, error) {
+		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *fieldData) (bool, error) {
 			cfg, err := getConfig(ctx, req.Storage)
 			return cfg != nil, err
 		},
-		HelpSynopsis: "Configure the Admin API key of the OpenAI organization and how it is rotated.", HelpDescription: configHelpDescription,
+		HelpSynopsis: "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
 	}, {
-		Pattern:      configPath + "/rotate",
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
+		Pattern: configPath + "/rotate", DisplayAttrs: display(""),
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key", "Replace the admin API key by a new one and delete the old one.", rotated)),
+			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key",
+				"Replace the admin API key by a new one and delete the old one.", rotated)),
 		},
-		HelpSynopsis: "Replace the Admin API key by a new one and delete the old one.", HelpDescription: rotateHelpDescription,
+		HelpSynopsis: "Replace the Admin API key by a new one.", HelpDescription: rotateHelpDescription,
 	}}
 }
 
-func (b *backend) configRead(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+func (b *backend) configRead(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	cfg, err := getConfig(ctx, req.Storage)
 	if err != nil || cfg == nil {
 		return nil, err
 	}
-	return &logical.Response{Data: cfg.toResponseData()}, nil
+	data := cfg.toResponseData()
+	data["mount_id"] = b.mountID
+	return &logical.Response{Data: data}, nil
 }
 
-// configWrite stores what the request names over what is there. Nothing is stored
-// unless all of it is right.
-func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+// configWrite stores what the request names over what is there. Nothing is stored unless all of it is right.
+func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	b.configMu.Lock()
 	defer b.configMu.Unlock()
 	was, err := getConfig(ctx, req.Storage)
@@ -268,7 +190,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		}
 		cfg.AdminAPIKeyID, cfg.AdminKeyExpires = key.ID, unixTime(key.ExpiresAt)
 	} else if cfg.AdminAPIKeyID == "" {
-		return logical.ErrorResponse("admin_api_key_id is required: with verify_connection=false it is not looked up at OpenAI"), nil
+		return logical.ErrorResponse("admin_api_key_id is required with verify_connection=false"), nil
 	}
 
 	resp := &logical.Response{}
@@ -276,26 +198,28 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fram
 		cfg.LastRotatedTime = time.Now()
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
-		resp.AddWarning("organization_id has changed: revoking leases of the former organization fails until config has it again")
-		warnOfPending(resp, cfg.PendingDeletion)
-		cfg.PendingDeletion = nil
+		resp.AddWarning("organization_id has changed: leases of the former one can't be revoked until it is back")
+		b.warnOfKeys(resp, was)
+		cfg.PendingDeletion = nil // ids of the former organization
 	}
 	if !cfg.AdminKeyExpires.IsZero() && cfg.nextRotation(time.Now()).IsZero() {
-		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) + " and no rotation is scheduled: rotate or replace it before")
+		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) +
+			" and no rotation is scheduled: rotate or replace it before")
 	}
 	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, was, &cfg); err != nil {
 		return nil, err
 	}
 	if cfg.RotationManager == managerPlugin && cfg.RotationPolicy != "" {
-		resp.AddWarning("rotation_policy has no effect: this Vault has no rotation manager, so the plugin rotates by itself")
+		resp.AddWarning("rotation_policy has no effect: this Vault has no rotation manager, so the plugin rotates")
 	}
-	if err := putJSON(ctx, req.Storage, configPath, &cfg); err != nil {
-		return nil, err
+	err = putJSON(ctx, req.Storage, configPath, &cfg)
+	b.setClient(nil) // also after an error: it may have been stored
+	if err != nil {
+		return nil, errors.Join(err, b.reregister(ctx, req, &cfg))
 	}
-	b.setClient(nil)
-	b.forgetRoles()
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
-	b.report(ctx, req, configWritten, nil, "admin_api_key_id", cfg.AdminAPIKeyID, "organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
+	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
+		"organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
 	return warningsOnly(resp), nil
 }
 
@@ -317,24 +241,25 @@ func verificationFailed(err error) string {
 	case errors.Is(err, errKeyID):
 		return err.Error()
 	}
-	return "the admin API key could not be verified: " + err.Error() + "; check api_endpoint, or store without asking OpenAI: verify_connection=false"
+	return "the admin API key could not be verified: " + err.Error() +
+		"; check api_endpoint, or store without asking OpenAI: verify_connection=false"
 }
 
 // setText sets a field that the request names, and setSeconds likewise.
-func setText(d *framework.FieldData, name string, field *string) {
+func setText(d *fieldData, name string, field *string) {
 	if v, ok := d.GetOk(name); ok {
 		*field = v.(string)
 	}
 }
 
-func setSeconds(d *framework.FieldData, name string, field *time.Duration) {
+func setSeconds(d *fieldData, name string, field *time.Duration) {
 	if v, ok := d.GetOk(name); ok {
 		*field = time.Duration(v.(int)) * time.Second
 	}
 }
 
 // update sets the fields that d names and checks the whole. Its error is the caller's.
-func (cfg *config) update(d *framework.FieldData) error {
+func (cfg *config) update(d *fieldData) error {
 	v, keyGiven := d.GetOk("admin_api_key")
 	if keyGiven {
 		key := strings.TrimSpace(v.(string)) // a line break comes along from stdin
@@ -378,8 +303,8 @@ var adminKeyPattern = regexp.MustCompile(`^[!-~]{8,512}$`)
 // hostPattern is a name or an address, an IPv6 address in brackets, perhaps with a port.
 var hostPattern = regexp.MustCompile(`^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?$`)
 
-// parseEndpoint checks api_endpoint and trims its trailing slashes. Its error does not
-// quote the value, which may hold a password.
+// parseEndpoint checks api_endpoint and trims its trailing slashes. Its error does not quote the value, which may
+// hold a password.
 func parseEndpoint(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
@@ -401,7 +326,7 @@ func parseEndpoint(s string) (string, error) {
 	return strings.TrimRight(u.String(), "/"), nil
 }
 
-func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	b.configMu.Lock()
 	defer b.configMu.Unlock()
 	cfg, err := getConfig(ctx, req.Storage)
@@ -411,116 +336,39 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fra
 	if _, err := b.registerRotation(ctx, req.MountPoint, cfg, &config{}); err != nil {
 		return nil, err
 	}
-	if err := req.Storage.Delete(ctx, configPath); err != nil {
-		return nil, fmt.Errorf("deleting config: %w", err)
-	}
+	err = req.Storage.Delete(ctx, configPath)
 	b.setClient(nil)
-	b.report(ctx, req, configDeleted, nil, "admin_api_key_id", cfg.AdminAPIKeyID)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req, &config{}))
+	}
+	b.report(ctx, req, "config-delete", nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
-	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key itself still exists there")
-	warnOfPending(resp, cfg.PendingDeletion)
+	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key still exists there")
+	b.warnOfKeys(resp, cfg)
 	return resp, nil
 }
 
-// warnOfPending names replaced admin keys that config forgets.
-func warnOfPending(resp *logical.Response, ids []string) {
-	if len(ids) > 0 {
-		resp.AddWarning("these replaced admin keys are still at OpenAI, delete them there: " + strings.Join(ids, ", "))
+// reregister arranges the rotation of what is stored after all, when storing tried has failed.
+func (b *backend) reregister(ctx context.Context, req *logical.Request, tried *config) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	cfg, err := getConfig(ctx, req.Storage)
+	if err == nil {
+		_, err = b.registerRotation(ctx, req.MountPoint, tried, cmp.Or(cfg, &config{}))
 	}
+	return err
 }
 
-// role is the storage entry "roles/<name>". The older plugin's entry has the fields up
-// to and including MaxTTL.
-type role struct {
-	ProjectID                  string        `json:"project_id"`
-	ServiceAccountNameTemplate string        `json:"service_account_name_template"`
-	ServiceAccountDescription  string        `json:"service_account_description"`
-	TTL                        time.Duration `json:"ttl"`     // nanoseconds
-	MaxTTL                     time.Duration `json:"max_ttl"` // nanoseconds
-
-	// UnexpiringKeys is the opposite of enforce_key_expiry, so that its absence in an
-	// older entry means the default.
-	UnexpiringKeys bool `json:"unexpiring_keys,omitempty"`
-	// Scopes restrict the keys; none: they can do what their account can.
-	Scopes []string `json:"scopes,omitempty"`
-	// ServiceAccountRole is of an account that is made for a scoped key; empty: member.
-	ServiceAccountRole string `json:"service_account_role,omitempty"`
-	// ServiceAccountID is the account that keys are made on; empty: each has its own. Its
-	// name is what OpenAI said when the role was written.
-	ServiceAccountID   string `json:"service_account_id,omitempty"`
-	ServiceAccountName string `json:"service_account_name,omitempty"`
-}
-
-// getRole reads a role; nil when there is none.
-func getRole(ctx context.Context, s logical.Storage, name string) (*role, error) {
-	r := newRole()
-	found, err := getJSON(ctx, s, rolePrefix+name, r)
-	if err != nil || !found {
-		return nil, err
+// warnOfKeys names, in the answer and in the log, the admin keys at OpenAI that config forgets.
+func (b *backend) warnOfKeys(resp *logical.Response, cfg *config) {
+	warn := func(what string, list []string) {
+		if len(list) > 0 {
+			resp.AddWarning(what + strings.Join(list, ", "))
+			b.Logger().Warn(what + strings.Join(list, ", "))
+		}
 	}
-	if r.MaxTTL <= 0 {
-		r.MaxTTL = defaultMaxTTL
-	}
-	if r.TTL <= 0 {
-		r.TTL = min(defaultTTL, r.MaxTTL)
-	}
-	return r, nil
-}
-
-// roleCache holds the roles that credentials were read from lately. A change, of config too, throws
-// all of it away, so that what was read from storage before the change is not found after it.
-type roleCache struct {
-	sync.Map // of *cachedRole, by name
-	made     time.Time
-}
-
-// cachedRole is what reads of a role share.
-type cachedRole struct {
-	*role
-	name        string
-	mountMaxTTL time.Duration // 0: none
-
-	waiting  atomic.Int32 // reads that want a name
-	mu       sync.Mutex   // held while one gets it
-	reserved *reservation // the latest one; nil at first
-}
-
-// roleCacheTime is how long a roleCache is used, and so how late a change of the mount's
-// maximum TTL is seen. A change of a role is seen at once. With requestTimeout and undoTimeout
-// it is less than walMinAge.
-const roleCacheTime = 10 * time.Second
-
-func (b *backend) forgetRoles() { b.roles.Store(&roleCache{made: time.Now()}) }
-
-// cachedRole returns a role to read credentials from; nil when there is none.
-func (b *backend) cachedRole(ctx context.Context, s logical.Storage, name string) (*cachedRole, error) {
-	cache := b.roles.Load()
-	if time.Since(cache.made) > roleCacheTime {
-		cache = &roleCache{made: time.Now()}
-		b.roles.Store(cache)
-	}
-	if r, ok := cache.Load(name); ok {
-		return r.(*cachedRole), nil
-	}
-	r, err := getRole(ctx, s, name)
-	if err != nil || r == nil {
-		return nil, err
-	}
-	found := &cachedRole{role: r, name: name, mountMaxTTL: b.System().MaxLeaseTTL()}
-	if found.mountMaxTTL == 0 {
-		return found, nil // it could not be read, as far as we know
-	}
-	cached, _ := cache.LoadOrStore(name, found)
-	return cached.(*cachedRole), nil
-}
-
-// newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.
-func newRole() *role {
-	return &role{
-		ServiceAccountNameTemplate: defaultNameTemplate,
-		ServiceAccountDescription:  defaultDescription,
-		MaxTTL:                     defaultMaxTTL,
-	}
+	warn("these replaced admin keys are still at OpenAI, delete them there: ", cfg.PendingDeletion)
+	warn("a rotation began to make admin keys of these names, delete them if OpenAI has them: ", cfg.creatingNames())
 }
 
 func (r *role) toResponseData() map[string]any {
@@ -539,38 +387,44 @@ func (r *role) toResponseData() map[string]any {
 
 func pathRoles(b *backend) []*framework.Path {
 	settings := fieldMap{
-		"project_id":                    required(framework.TypeString, "ID of the OpenAI project that the service accounts are in (proj_…). Required."),
-		"service_account_name_template": defaulted(framework.TypeString, defaultNameTemplate, "Template of the name of a service account, or of a key where service_account_id is set. Must give another name each time. Default "+defaultNameTemplate+"."),
-		"service_account_description":   defaulted(framework.TypeString, defaultDescription, "Description, kept with the role only: OpenAI has no such field. Default \""+defaultDescription+"\"."),
-		"ttl":                           defaulted(framework.TypeDurationSecond, int(defaultTTL.Seconds()), "TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h."),
-		"max_ttl":                       defaulted(framework.TypeDurationSecond, int(defaultMaxTTL.Seconds()), "Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h."),
-		"enforce_key_expiry":            defaulted(framework.TypeBool, true, "Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true."),
-		"scopes":                        field(framework.TypeCommaStringSlice, "Scopes that the keys are restricted to, like api.responses.write. Default: none, the keys can do what their service account can."),
-		"service_account_role":          field(framework.TypeString, "Role of a service account that is made for a key with scopes: member or owner. Default member."),
-		"service_account_id":            field(framework.TypeString, "ID of an existing service account that keys are made on (svc_acct_…). Default: each key gets an account of its own."),
+		"project_id": required(text, "ID of the OpenAI project that the service accounts are in (proj_…). Required."),
+		"service_account_name_template": defaulted(text, defaultNameTemplate,
+			"Template of the name of an account, or of a key on an existing account. Default "+defaultNameTemplate+"."),
+		"service_account_description": defaulted(text, defaultDescription,
+			"Kept with the role only: OpenAI has no such field. Default \""+defaultDescription+"\"."),
+		"ttl": defaulted(duration, int(defaultTTL.Seconds()),
+			"TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h."),
+		"max_ttl": defaulted(duration, int(defaultMaxTTL.Seconds()),
+			"Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h."),
+		"enforce_key_expiry": defaulted(boolean, true,
+			"Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true."),
+		"scopes": field(texts,
+			"Scopes that keys are restricted to, like api.responses.write. Default: none, all that the account can."),
+		"service_account_role": field(text,
+			"Role of a service account that is made for a key with scopes: member or owner. Default member."),
+		"service_account_id": field(text,
+			"ID of an existing service account that keys are made on. Default: each key gets an account of its own."),
 	}
 	fields := maps.Clone(settings)
-	fields["name"] = required(framework.TypeString, "Name of the role.")
+	fields["name"] = required(text, "Name of the role.")
 	names := fieldMap{"keys": field(framework.TypeStringSlice, "Names of the roles.")}
 	write := forwarded(operation(b.roleWrite, "write", "", "Create or update a role.", nil))
 	return []*framework.Path{{
-		Pattern:      rolePrefix + "?$",
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "roles"},
+		Pattern: rolePrefix + "?$", DisplayAttrs: display("roles"),
 		Operations: map[logical.Operation]framework.OperationHandler{
 			logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names),
 		},
 		HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
 	}, {
-		Pattern:      rolePrefix + framework.GenericNameRegex("name"),
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "role"},
-		Fields:       fields,
+		Pattern: rolePrefix + framework.GenericNameRegex("name"), DisplayAttrs: display("role"),
+		Fields: fields,
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.CreateOperation: write,
-			logical.UpdateOperation: write,
-			logical.ReadOperation:   operation(b.roleRead, "read", "", "Read a role.", settings),
-			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "", "Delete a role. Its leases live on, but can't be renewed.", nil)),
+			logical.CreateOperation: write, logical.UpdateOperation: write,
+			logical.ReadOperation: operation(b.roleRead, "read", "", "Read a role.", settings),
+			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "",
+				"Delete a role. Its leases live on, but can't be renewed.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, d *framework.FieldData) (bool, error) {
+		ExistenceCheck: func(ctx context.Context, req *logical.Request, d *fieldData) (bool, error) {
 			r, err := getRole(ctx, req.Storage, d.Get("name").(string))
 			return r != nil, err
 		},
@@ -578,7 +432,7 @@ func pathRoles(b *backend) []*framework.Path {
 	}}
 }
 
-func (b *backend) roleList(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+func (b *backend) roleList(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	names, err := req.Storage.List(ctx, rolePrefix)
 	if err != nil {
 		return nil, fmt.Errorf("listing roles: %w", err)
@@ -586,7 +440,7 @@ func (b *backend) roleList(ctx context.Context, req *logical.Request, _ *framewo
 	return logical.ListResponse(names), nil
 }
 
-func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	r, err := getRole(ctx, req.Storage, d.Get("name").(string))
 	if err != nil || r == nil {
 		return nil, err
@@ -594,83 +448,122 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *framewo
 	return &logical.Response{Data: r.toResponseData()}, nil
 }
 
-func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	defer b.forgetRoles()
+func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	b.roleMu.Lock()
+	defer b.roleMu.Unlock()
 	name := d.Get("name").(string)
 	if err := req.Storage.Delete(ctx, rolePrefix+name); err != nil {
 		return nil, fmt.Errorf("deleting role %q: %w", name, err)
 	}
-	b.report(ctx, req, roleDeleted, nil, "name", name)
+	b.report(ctx, req, "role-delete", nil, "name", name)
 	return nil, nil
 }
 
-// roleWrite stores what the request names over what is there. Nothing is stored unless
-// all of it is right, as OpenAI sees it too; only an OpenAI that can't be asked is let pass.
-func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-	defer b.forgetRoles()
-	name := d.Get("name").(string)
-	r, err := getRole(ctx, req.Storage, name)
-	if err != nil {
-		return nil, err
-	}
-	if r == nil {
-		r = newRole()
-	}
-	if err := r.update(d); err != nil {
-		return logical.ErrorResponse(err.Error()), nil
-	}
-	resp := &logical.Response{}
-	sample := nameData{RoleName: name, ProjectID: r.ProjectID, ProjectName: "project", DisplayName: "token"}
-	field, value := "project_id", r.ProjectID
-	checkCtx, cancel := context.WithTimeout(ctx, checkTimeout)
-	defer cancel()
-	err = b.useClient(checkCtx, req.Storage, func(c *client) error {
-		p, err := c.getProject(checkCtx, r.ProjectID)
+// getRoles reads all roles.
+func getRoles(ctx context.Context, s logical.Storage) (roles []*role, err error) {
+	names, err := s.List(ctx, rolePrefix)
+	for _, name := range names {
+		r, err := getRole(ctx, s, name)
 		if err != nil {
+			return nil, err
+		}
+		if r != nil {
+			roles = append(roles, r)
+		}
+	}
+	return roles, err
+}
+
+// roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
+// sees it too. If OpenAI cannot be reached, the role is stored with a warning.
+func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	name := d.Get("name").(string)
+	for {
+		was, err := getRole(ctx, req.Storage, name)
+		if err != nil {
+			return nil, err
+		}
+		r := newRole()
+		if was != nil {
+			*r = *was
+		}
+		if err := r.update(d); err != nil {
+			return logical.ErrorResponse(err.Error()), nil
+		}
+		resp := &logical.Response{}
+		sample := nameData{RoleName: name, RandomSuffix: newSuffix("sample", time.Now()), ProjectID: r.ProjectID}
+		if _, err := renderName(r.ServiceAccountNameTemplate, sample); err != nil {
+			return logical.ErrorResponse("service_account_name_template %s", err), nil
+		}
+		if err := b.checkRole(ctx, req.Storage, r, resp); err != nil {
+			return answerError(err)
+		}
+		if limit := b.System().MaxLeaseTTL(); limit > 0 && r.MaxTTL > limit {
+			resp.AddWarning(fmt.Sprintf("max_ttl %s is more than the mount's maximum of %s", r.MaxTTL, limit))
+		}
+		// Another write may have come while OpenAI was asked: then what it stored is the base of this one.
+		stored, err := b.storeRole(ctx, req.Storage, name, was, r)
+		if err != nil {
+			return nil, err
+		}
+		if stored {
+			b.report(ctx, req, "role-write", nil, "name", name, "project_id", r.ProjectID)
+			return warningsOnly(resp), nil
+		}
+	}
+}
+
+// storeRole stores r unless the stored role is not was any more; was nil: there was none.
+func (b *backend) storeRole(ctx context.Context, s logical.Storage, name string, was, r *role) (bool, error) {
+	b.roleMu.Lock()
+	defer b.roleMu.Unlock()
+	now, err := getRole(ctx, s, name)
+	if err != nil || !reflect.DeepEqual(now, was) {
+		return false, err
+	}
+	return true, putJSON(ctx, s, rolePrefix+name, r)
+}
+
+// checkRole asks OpenAI about what the role names, adds warnings and fills in the account's name. If OpenAI can't be
+// asked, that is a warning.
+func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to *logical.Response) error {
+	field, value := "project_id", r.ProjectID
+	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	defer cancel()
+	err := b.useClient(ctx, s, "", func(c *client) error {
+		p, err := c.getProject(ctx, r.ProjectID)
+		if err == nil && p.Status == "archived" {
+			err = &apiError{Status: http.StatusBadRequest, Message: "the project is archived"}
+		}
+		if err != nil || r.ServiceAccountID == "" {
 			return err
 		}
-		if p.Status == "archived" {
-			return &apiError{Status: http.StatusBadRequest, Message: "the project is archived"}
-		}
-		sample.ProjectName = p.Name
-		if r.ServiceAccountID != "" {
-			field, value = "service_account_id", r.ServiceAccountID
-			account, err := c.getServiceAccount(checkCtx, r.ProjectID, r.ServiceAccountID)
-			if err != nil {
-				return err
-			}
+		field, value = "service_account_id", r.ServiceAccountID
+		account, err := c.getServiceAccount(ctx, r.ProjectID, r.ServiceAccountID)
+		if err == nil {
 			r.ServiceAccountName = account.Name
 			if account.Role == "none" {
-				resp.AddWarning("service_account_id has no role in the project, so that its keys can do nothing")
+				to.AddWarning("service_account_id has no role in the project, so that its keys can do nothing")
+			}
+			if tag, _, ok := parseName(account.Name); ok && tag == b.mountID {
+				to.AddWarning("this mount made service_account_id for a lease, and deletes it when that lease ends")
 			}
 		}
-		return nil
+		return err
 	})
 	switch {
 	case errors.Is(err, errNotConfigured):
-		return logical.ErrorResponse(err.Error()), nil
+		return err
 	case isRefused(err) && !isStatus(err, http.StatusTooManyRequests):
-		return logical.ErrorResponse("%s %q was refused: %s", field, value, err), nil
+		return fmt.Errorf("%s %q was refused: %w", field, value, err)
 	case err != nil:
-		resp.AddWarning(fmt.Sprintf("%s %q is stored unchecked: %s", field, value, err))
+		to.AddWarning(fmt.Sprintf("%s %q is stored unchecked: %s", field, value, err))
 	}
-	if err := checkNameTemplate(r.ServiceAccountNameTemplate, sample); err != nil {
-		return logical.ErrorResponse("service_account_name_template %s", err), nil
-	}
-	if limit := b.System().MaxLeaseTTL(); limit > 0 && r.MaxTTL > limit {
-		resp.AddWarning(fmt.Sprintf("max_ttl %s is more than the mount's maximum of %s, which bounds the leases", r.MaxTTL, limit))
-	}
-
-	if err := putJSON(ctx, req.Storage, rolePrefix+name, r); err != nil {
-		return nil, err
-	}
-	b.report(ctx, req, roleWritten, nil, "name", name, "project_id", r.ProjectID)
-	return warningsOnly(resp), nil
+	return nil
 }
 
-// update sets the fields that d names and checks what needs no call. Its error is the
-// caller's.
-func (r *role) update(d *framework.FieldData) error {
+// update sets the fields that d names and checks what needs no call. Its error is the caller's.
+func (r *role) update(d *fieldData) error {
 	setText(d, "project_id", &r.ProjectID)
 	setText(d, "service_account_name_template", &r.ServiceAccountNameTemplate)
 	setText(d, "service_account_description", &r.ServiceAccountDescription)
@@ -710,9 +603,9 @@ func (r *role) update(d *framework.FieldData) error {
 	case r.ServiceAccountID != "" && !validID(r.ServiceAccountID):
 		return errors.New("service_account_id must be 1 to 128 letters, digits, - or _")
 	case r.ServiceAccountID != "" && r.ServiceAccountRole != "":
-		return errors.New("service_account_role and service_account_id exclude each other: an existing account keeps its role")
+		return errors.New("service_account_role and service_account_id exclude each other: the account keeps its role")
 	case r.ServiceAccountRole != "" && len(r.Scopes) == 0:
-		return errors.New("service_account_role needs scopes: OpenAI makes an account with an unrestricted key a member")
+		return errors.New("service_account_role needs scopes: an account with an unrestricted key is made a member")
 	}
 	return nil
 }
@@ -722,34 +615,43 @@ var scopePattern = regexp.MustCompile(`^[a-z][A-Za-z0-9._:-]{0,127}$`)
 // nameData is what a name template can use.
 type nameData struct {
 	RoleName     string
-	RandomSuffix string // 10 lower-case letters and digits, 50 random bits
+	RandomSuffix string // see newSuffix
 	ProjectID    string
 	ProjectName  string // costs a call when it is not yet known
 	DisplayName  string // of the token that asks
 }
 
-// renderName makes an account's name that OpenAI takes: what is not a letter, digit,
-// - or _ becomes -. Its length is not bounded here.
+var (
+	invalidInName = regexp.MustCompile(`[^A-Za-z0-9_-]+`)
+	// endlessTemplate matches what lets a short template run for long, or write much. One process serves all mounts.
+	endlessTemplate = regexp.MustCompile(`(?s)\{\{.*\b(range|define|template|block|print\w*)\b`)
+)
+
+const maxTemplateLength = 256 // bytes
+
+// boundedRandom and boundedReplace take the place of functions that Vault's templates have.
+func boundedRandom(n int) (string, error) {
+	if n < 1 || n > maxNameLength {
+		return "", fmt.Errorf("random takes 1 to %d characters", maxNameLength)
+	}
+	return strings.ToLower(crand.Text() + crand.Text() + crand.Text())[:n], nil
+}
+
+func boundedReplace(find, replacement, s string) (string, error) {
+	if (len(s)+1)*(len(replacement)+1) > 1<<16 {
+		return "", errors.New("replace gives at most 64 KiB")
+	}
+	return strings.ReplaceAll(s, find, replacement), nil
+}
+
+// renderName makes a name that OpenAI takes and that ends in "-" and the suffix: what is not a letter, digit, - or _
+// becomes -, and what is too long is cut before the suffix.
 func renderName(raw string, data nameData) (string, error) {
-	// One role must not be able to exhaust the process that serves all mounts: no loops, short
-	// values, no function that multiplies what it is given by much.
-	if len(raw) > maxTemplateLength || loopPattern.MatchString(raw) {
-		return "", fmt.Errorf("must be at most %d bytes and have no range, define, template or block", maxTemplateLength)
+	if len(raw) > maxTemplateLength || endlessTemplate.MatchString(raw) {
+		return "", errors.New("must be at most 256 bytes, without range, define, template, block or print")
 	}
-	for _, text := range []*string{&data.RoleName, &data.ProjectName, &data.DisplayName} {
-		*text = (*text)[:min(len(*text), maxTemplateLength)]
-	}
-	options := []template.Opt{
-		template.Template(raw),
-		template.Function("random", randomText),
-		template.Function("replace", boundedReplace),
-	}
-	for _, name := range []string{"html", "js", "urlquery", "print", "printf", "println"} {
-		options = append(options, template.Function(name, func(...any) (string, error) {
-			return "", fmt.Errorf("the function %s is not available", name)
-		}))
-	}
-	t, err := template.NewTemplate(options...)
+	t, err := template.NewTemplate(template.Template(raw),
+		template.Function("random", boundedRandom), template.Function("replace", boundedReplace))
 	name := ""
 	if err == nil {
 		name, err = t.Generate(data)
@@ -757,91 +659,32 @@ func renderName(raw string, data nameData) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("is not valid: %w", err)
 	}
-	return strings.Trim(invalidInName.ReplaceAllString(name, "-"), "-"), nil
+	name = strings.TrimSuffix(strings.Trim(invalidInName.ReplaceAllString(name, "-"), "-"), data.RandomSuffix)
+	name = strings.Trim(name[:min(len(name), maxNameLength-1-suffixLength)], "-")
+	return cmp.Or(name, "vault") + "-" + data.RandomSuffix, nil
 }
 
-var (
-	loopPattern   = regexp.MustCompile(`\{\{-?\s*(range|define|template|block)\b`)
-	invalidInName = regexp.MustCompile(`[^A-Za-z0-9_-]+`)
-)
-
-// randomText returns n random lower-case letters and digits.
-func randomText(n int) (string, error) {
-	if n < 1 || n > maxNameLength {
-		return "", fmt.Errorf("random takes 1 to %d characters", maxNameLength)
-	}
-	text := ""
-	for len(text) < n {
-		text += strings.ToLower(rand.Text())
-	}
-	return text[:n], nil
-}
-
-func boundedReplace(find, replacement, s string) (string, error) {
-	if find == "" || len(s)*(1+len(replacement)) > 1<<16 {
-		return "", errors.New("replace takes a text to find, and gives at most 64 KiB")
-	}
-	return strings.ReplaceAll(s, find, replacement), nil
-}
-
-// checkNameTemplate refuses a template whose names are empty, too long, or the same twice.
-func checkNameTemplate(raw string, data nameData) error {
-	var names [2]string
-	for i, suffix := range []string{"0123456789", "abcdefghij"} {
-		data.RandomSuffix = suffix
-		name, err := renderName(raw, data)
-		if err != nil {
-			return err
-		}
-		names[i] = name
-	}
-	switch {
-	case names[0] == "":
-		return errors.New("renders an empty name")
-	case len(names[0]) > maxNameLength:
-		return fmt.Errorf("renders %d characters, at most %d are allowed", len(names[0]), maxNameLength)
-	case names[0] == names[1]:
-		return errors.New("must give another name each time: use {{.RandomSuffix}}")
-	}
-	return nil
-}
-
-// credentialName makes the name of a new service account or key. It is unique, since
-// rollback finds what is lost by its name: what lacks the whole suffix gets it.
-func (b *backend) credentialName(ctx context.Context, req *logical.Request, r *cachedRole) (string, error) {
-	suffix, err := randomText(10)
-	if err != nil {
-		return "", err
-	}
-	data := nameData{RoleName: r.name, RandomSuffix: suffix, ProjectID: r.ProjectID, DisplayName: req.DisplayName}
+// credentialName makes the name of a new service account or key of the role.
+func (c *client) credentialName(ctx context.Context, r *role, data nameData) (name string, err error) {
 	if strings.Contains(r.ServiceAccountNameTemplate, ".ProjectName") {
-		err := b.useClient(ctx, req.Storage, func(c *client) (err error) {
-			data.ProjectName, err = c.projectName(ctx, r.ProjectID)
-			return err
-		})
-		if err != nil {
+		if data.ProjectName, err = c.projectName(ctx, r.ProjectID); err != nil {
 			return "", err
 		}
 	}
-	name, err := renderName(r.ServiceAccountNameTemplate, data)
-	if err != nil {
+	if name, err = renderName(r.ServiceAccountNameTemplate, data); err != nil {
 		return "", fmt.Errorf("service_account_name_template %w", err)
-	}
-	if cut := name[:min(len(name), maxNameLength)]; len(name) > len(cut) || !strings.Contains(name, suffix) {
-		name = strings.Trim(cut[:min(len(cut), maxNameLength-1-len(suffix))]+"-"+suffix, "-")
 	}
 	return name, nil
 }
 
 func pathCreds(b *backend) []*framework.Path {
-	ttl := field(framework.TypeDurationSecond, "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.")
+	ttl := field(duration, "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.")
 	ttl.Query = true
 	// Leases belong to the cluster that issues them: only standbys pass this on.
 	read := operation(b.credsRead, "generate", "", "Make an API key under a new lease.", secretFields())
 	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
-		Pattern:      "creds/" + framework.GenericNameRegex("name"),
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai", OperationSuffix: "credentials"},
+		Pattern: "creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("credentials"),
 		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
 		Operations:   map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
 		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
@@ -851,187 +694,162 @@ func pathCreds(b *backend) []*framework.Path {
 // secretFields are what a caller of creds gets.
 func secretFields() fieldMap {
 	return fieldMap{
-		"api_key":            sensitive(required(framework.TypeString, "The OpenAI API key.")),
-		"api_key_id":         required(framework.TypeString, "ID of the API key."),
-		"service_account":    required(framework.TypeString, "Name of the service account."),
-		"service_account_id": required(framework.TypeString, "ID of the service account."),
-		"project_id":         required(framework.TypeString, "ID of the project."),
-		"organization_id":    required(framework.TypeString, "ID of the organization."),
-		"scopes":             required(framework.TypeStringSlice, "What the key is restricted to; empty: all that its account can do."),
-		"expires_at":         required(framework.TypeString, "When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never."),
+		"api_key":            secret("The OpenAI API key."),
+		"api_key_id":         required(text, "ID of the API key."),
+		"service_account":    required(text, "Name of the service account."),
+		"service_account_id": required(text, "ID of the service account."),
+		"project_id":         required(text, "ID of the project."),
+		"organization_id":    required(text, "ID of the organization."),
+		"scopes": required(framework.TypeStringSlice,
+			"What the key is restricted to; empty: all that its account can do."),
+		"expires_at": required(text,
+			"When OpenAI itself expires the key unless the lease is renewed (RFC 3339, UTC); empty: never."),
 	}
 }
 
-// lease is the internal data of a lease. The older plugin wrote the first three.
-type lease struct {
-	APIKeyID         string `json:"api_key_id"`
-	ServiceAccountID string `json:"service_account_id"`
-	ProjectID        string `json:"project_id"`
-	OrganizationID   string `json:"organization_id,omitempty"`
-	Role             string `json:"role,omitempty"`
-	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
-	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation leaves the account
-	WALID            string `json:"wal_id,omitempty"`      // of its issuedCredential, while there is one: the name
-}
-
-// leaseOf reads what a lease holds.
-func leaseOf(secret *logical.Secret) (*lease, error) {
-	l := &lease{}
-	if err := decode(secret.InternalData, l); err != nil {
-		return nil, fmt.Errorf("reading the lease: %w", err)
-	}
-	if !validID(l.ProjectID) || !validID(l.key()) {
-		return nil, errors.New("the lease lacks the ids of what it stands for")
-	}
-	return l, nil
-}
-
-// reportCredential counts and reports what became of a lease; err: it failed.
-func (b *backend) reportCredential(ctx context.Context, req *logical.Request, c change, operation string, l *lease, start time.Time, err error) {
-	b.metrics.add(metricCredentials, 1, "role", l.Role, "operation", operation, "result", result(err))
-	b.report(ctx, req, c, err, "name", l.Role, "project_id", l.ProjectID, "service_account_id", l.ServiceAccountID,
-		"api_key_id", l.APIKeyID, "duration", time.Since(start).Round(time.Millisecond).String())
+// reportCredential counts and reports that a lease was issued, renewed or revoked; err: that failed.
+func (b *backend) reportCredential(ctx context.Context, req *logical.Request, operation string, l *lease, err error) {
+	b.metrics.add("credential_operations_total", 1, "role", l.Role, "operation", operation, "result", result(err))
+	b.report(ctx, req, "creds-"+operation, err, "name", l.Role, "project_id", l.ProjectID,
+		"service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID)
 }
 
 func secretAPIKey(b *backend) *framework.Secret {
-	return &framework.Secret{
-		Type:   secretType,
-		Fields: secretFields(),
-		Renew:  b.credRenew,
-		Revoke: b.credRevoke,
-	}
+	return &framework.Secret{Type: secretType, Fields: secretFields(), Renew: b.credRenew, Revoke: b.credRevoke}
 }
 
-// credsRead makes a key. Its name is in the write-ahead log first, since a create whose answer
-// is lost can only be found again by name. An entry that spares the key until its lease's end
-// comes last, and without that nothing is handed out.
-func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (resp *logical.Response, err error) {
+// credsRead makes a credential. Nothing is stored: OpenAI expires the key, and the name tells tidy when the account
+// can be deleted if Vault never got the answer.
+func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	roleName := d.Get("name").(string)
-	r, err := b.cachedRole(ctx, req.Storage, roleName)
+	r, err := getRole(ctx, req.Storage, roleName)
 	if err != nil {
 		return nil, err
 	}
 	if r == nil {
 		return logical.ErrorResponse("role %q does not exist", roleName), nil
 	}
-	start := time.Now()
-	l := &lease{ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyOnly: r.ServiceAccountID != ""}
-	defer func() { b.reportCredential(ctx, req, credIssued, "issue", l, start, failure(resp, err)) }()
-
-	ttl, warning, err := r.leaseTTL(d)
+	ttl, warning, err := r.leaseTTL(d, b.System().MaxLeaseTTL())
 	if err != nil {
 		return logical.ErrorResponse(err.Error()), nil
 	}
-	reserved, name, err := b.reserve(ctx, req, r)
-	if err != nil {
-		return answerError("preparing the credential", err)
+	l := &lease{
+		ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyExpires: !r.UnexpiringKeys,
+		KeyOnly: r.ServiceAccountID != "", End: endOf(time.Now(), r.MaxTTL).Unix(),
 	}
-	lost := false // something may be left under this name
-	defer func() {
-		// Not at once: the answer waits for nobody, and Vault stores the lease first.
-		time.AfterFunc(time.Second, func() {
-			b.release(req.Storage, reserved, func() {
-				if lost {
-					reserved.lost = append(reserved.lost, name)
-				}
-			})
-		})
-	}()
-	var expiresIn time.Duration
-	if !r.UnexpiringKeys {
-		expiresIn = min(ttl+keyGrace, maxKeyLife)
-	}
-	l.OrganizationID, l.KeyExpires = reserved.OrganizationID, expiresIn > 0
-	g, err := b.create(ctx, req.Storage, r.role, name, expiresIn, l)
-	if err == nil {
-		// Vault drops the answer to a request that has ended, and then knows of no lease.
-		l.WALID = name
-		err = errors.Join(putIssued(ctx, req.Storage, l, time.Now().Add(ttl+keyGrace)), ctx.Err())
+	g, err := b.issue(ctx, req, r, l, ttl)
+	if !errors.Is(err, errNotConfigured) { // who may read creds must not fill the log
+		b.reportCredential(ctx, req, "issue", l, err)
 	}
 	if err != nil {
-		lost = !b.undo(ctx, req.Storage, l, notDone(err))
-		return answerError("creating "+g.step, err)
+		return answerError(err)
 	}
 
 	internal := map[string]any{}
-	if err := decode(l, &internal); err != nil {
+	if err := remarshal(l, &internal); err != nil {
 		return nil, err
 	}
-	resp = b.Secret(secretType).Response(map[string]any{
-		"api_key":            g.key.Value,
-		"api_key_id":         g.key.ID,
-		"service_account":    g.account,
-		"service_account_id": l.ServiceAccountID,
-		"project_id":         r.ProjectID,
-		"organization_id":    l.OrganizationID,
-		"scopes":             append([]string{}, r.Scopes...),
-		"expires_at":         formatTime(unixTime(g.key.ExpiresAt)),
+	resp := b.Secret(secretType).Response(map[string]any{
+		"api_key": g.key.Value, "api_key_id": l.APIKeyID,
+		"service_account": g.account, "service_account_id": l.ServiceAccountID,
+		"project_id": r.ProjectID, "organization_id": l.OrganizationID, "scopes": append([]string{}, r.Scopes...),
+		"expires_at": formatTime(unixTime(g.key.ExpiresAt)),
 	}, internal)
 	resp.Secret.TTL, resp.Secret.MaxTTL = ttl, r.MaxTTL
 	if warning != "" {
 		resp.AddWarning(warning)
 	}
-	if expiresIn > 0 && g.key.ExpiresAt == 0 {
+	if l.KeyExpires && g.key.ExpiresAt == 0 {
 		resp.AddWarning("OpenAI did not take over the key's expiry: only revocation ends this key")
 	}
 	return resp, nil
 }
 
-// undo deletes what a failed create has made, as far as l tells, and returns whether nothing is
-// left; nothingMade: of what l does not tell there is nothing either. It also works when ctx has
-// ended: else rollback would have to look through the project's accounts.
-func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, nothingMade bool) bool {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-	defer cancel()
-	if l.key() == "" {
-		return nothingMade
-	}
-	if l.WALID != "" { // or rollback would spare it
-		walCtx, cancel := context.WithTimeout(ctx, undoTimeout/2)
-		defer cancel()
-		_ = framework.DeleteWAL(walCtx, s, l.WALID)
-	}
-	return b.deleteCredential(ctx, s, l) == nil
-}
-
-// leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for.
-// Its error is the caller's.
-func (r *cachedRole) leaseTTL(d *framework.FieldData) (ttl time.Duration, warning string, err error) {
+// leaseTTL returns the TTL of a new lease, and a warning where it is not what was asked for. limit is the mount's
+// maximum; 0: not known. Its error is the caller's.
+func (r *role) leaseTTL(d *fieldData, limit time.Duration) (ttl time.Duration, warning string, err error) {
 	ttl = r.TTL
 	setSeconds(d, "ttl", &ttl)
 	if ttl <= 0 || ttl > r.MaxTTL {
 		return 0, "", fmt.Errorf("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL)
 	}
 	// Vault would shorten the lease behind our back, and the key would outlive it.
-	if limit := r.mountMaxTTL; limit > 0 && ttl > limit {
+	if limit > 0 && ttl > limit {
 		return limit, fmt.Sprintf("ttl of %s is more than the mount's maximum and was shortened to %s", ttl, limit), nil
 	}
 	return ttl, "", nil
 }
 
+// errNoUUID is an error of a Vault that does not tell BackendUUID.
+var errNoUUID = errors.New("Vault has given this mount no UUID, from which the names of accounts are made")
+
 // grant is what create has made, besides the ids in its lease.
 type grant struct {
 	account string // its name
 	key     *apiKey
-	step    string // what was being made, for errors
 }
 
-// create makes what the role says: a key on an account of its own (one call), a key on an
-// existing account (one call), or an account, its role and its scoped key (three calls),
-// so that a key which is not restricted never exists. l gets the ids of what was made.
-func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration, l *lease) (g grant, err error) {
-	if l.KeyOnly {
-		g.account = r.ServiceAccountName
-	} else {
-		g.step, g.account = "service account", name
+// issue makes a credential whose lease is l, and fills in what l lacks. What a failure leaves at OpenAI is undone.
+func (b *backend) issue(ctx context.Context, req *logical.Request, r *role, l *lease, ttl time.Duration) (
+	g grant, err error) {
+	if b.mountID == "" {
+		return g, errNoUUID
+	}
+	data := nameData{
+		RoleName: l.Role, RandomSuffix: newSuffix(b.mountID, unixTime(l.End)),
+		ProjectID: r.ProjectID, DisplayName: req.DisplayName,
+	}
+	var name string
+	err = b.useClient(ctx, req.Storage, "", func(c *client) (err error) {
+		l.OrganizationID = c.config.OrganizationID
+		name, err = c.credentialName(ctx, r, data)
+		return err
+	})
+	if err != nil {
+		return g, fmt.Errorf("preparing the credential: %w", err)
+	}
+	var expiresIn time.Duration
+	if l.KeyExpires {
+		expiresIn = min(ttl+keyGrace, maxKeyLife)
+	}
+	g, err = b.create(ctx, req.Storage, r, name, expiresIn, l)
+	switch {
+	case err != nil:
+	case unixTime(g.key.CreatedAt).Add(r.MaxTTL + keyGrace - clockTolerance).After(unixTime(l.End)):
+		err = fmt.Errorf("this machine's clock is behind OpenAI's, which says %s: set it right",
+			formatTime(unixTime(g.key.CreatedAt)))
+	case time.Now().Round(0).Add(ttl + keyGrace).After(unixTime(l.End)):
+		err = errors.New("the credential has become too old: the clock was set, or this machine was asleep")
+	default:
+		err = ctx.Err() // Vault drops the answer to a request that has ended
+	}
+	if err != nil {
+		b.undo(ctx, req.Storage, name, l, err)
+	}
+	return g, err
+}
+
+// create makes what the role says: a key on an account of its own (one call), a key on an existing account (one
+// call), or an account, its role and its scoped key (three calls), so that a key which is not restricted never
+// exists. l gets the ids of what was made.
+func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration,
+	l *lease) (g grant, err error) {
+	step := func(what string, fn func(*client) error) error {
+		if err := b.useClient(ctx, s, l.OrganizationID, fn); err != nil {
+			return fmt.Errorf("creating %s: %w", what, err)
+		}
+		return nil
+	}
+	g.account = r.ServiceAccountName
+	if !l.KeyOnly {
+		g.account = name
 		keyless := len(r.Scopes) > 0
-		err = b.useClientOf(ctx, s, l.OrganizationID, func(c *client) error {
+		err = step("service account", func(c *client) error {
 			account, err := c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
-			if err != nil {
-				return err
+			if err == nil {
+				l.ServiceAccountID, g.key = account.ID, account.APIKey
 			}
-			l.ServiceAccountID, g.key = account.ID, account.APIKey
-			return nil
+			return err
 		})
 		if err == nil && !keyless {
 			l.APIKeyID = g.key.ID
@@ -1039,16 +857,14 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name s
 		if err != nil || !keyless {
 			return g, err
 		}
-		g.step = "role of service account"
-		err = b.useClient(ctx, s, func(c *client) error {
+		err = step("role of service account", func(c *client) error {
 			return c.setServiceAccountRole(ctx, r.ProjectID, l.ServiceAccountID, cmp.Or(r.ServiceAccountRole, "member"))
 		})
 		if err != nil {
 			return g, err
 		}
 	}
-	g.step = "API key"
-	err = b.useClientOf(ctx, s, l.OrganizationID, func(c *client) (err error) {
+	err = step("API key", func(c *client) (err error) {
 		if g.key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, name, r.Scopes, expiresIn); err == nil {
 			l.APIKeyID = g.key.ID
 		}
@@ -1057,28 +873,52 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name s
 	return g, err
 }
 
-// answerError turns an error of OpenAI into a handler's answer. What OpenAI refused is
-// the request's fault, a 400; an admin key that is not accepted is not.
-func answerError(doing string, err error) (*logical.Response, error) {
-	var e *apiError
-	if errors.As(err, &e) && (e.Param == "expires_in_seconds" || strings.Contains(e.Message, "expires_in_seconds")) {
-		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower ttl and max_ttl", err)
+// undo sees to it that nothing stays of a create that failed with cause: what is known by its id is deleted at once,
+// or remembered in storage; else, if OpenAI may have made something, its name is remembered in memory. It also works
+// when ctx has ended.
+func (b *backend) undo(ctx context.Context, s logical.Storage, name string, l *lease, cause error) {
+	if l.id() == "" {
+		if !notDone(cause) {
+			b.addLost(name, l)
+		}
+		return
 	}
-	if errors.Is(err, errNotConfigured) || isRefused(err) && !isStatus(err, http.StatusUnauthorized, http.StatusTooManyRequests) {
-		return logical.ErrorResponse("%s: %s", doing, err), nil
+	ctx = context.WithoutCancel(ctx)
+	deleteCtx, cancel := context.WithTimeout(ctx, undoTimeout/2)
+	defer cancel()
+	if b.revokeAtOpenAI(deleteCtx, s, l) == nil {
+		return
 	}
-	return nil, fmt.Errorf("%s: %w", doing, err)
+	storeCtx, cancel := context.WithTimeout(ctx, undoTimeout/2)
+	defer cancel()
+	if _, err := b.addCleanup(storeCtx, s, l, 0); err != nil {
+		b.addLost(name, l)
+	}
 }
 
-// credRenew extends a lease: the key's expiry at OpenAI first, so that the key never ends
-// before its lease.
-func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framework.FieldData) (resp *logical.Response, err error) {
-	start := time.Now()
+// answerError turns an error of OpenAI into a handler's answer. What OpenAI refused is the request's fault, a 400; an
+// admin key that is not accepted is not.
+func answerError(err error) (*logical.Response, error) {
+	var e *apiError
+	if errors.As(err, &e) && (e.Param == "expires_in_seconds" || strings.Contains(e.Message, "expires_in_seconds")) {
+		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower "+
+			"ttl and max_ttl", err)
+	}
+	refused := isRefused(err) &&
+		!isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests)
+	if refused || errors.Is(err, errNotConfigured) {
+		return logical.ErrorResponse(err.Error()), nil
+	}
+	return nil, err
+}
+
+// credRenew extends a lease, up to the role's max_ttl and to the end that its name has: the key's expiry at OpenAI
+// first, so that the key never ends before its lease.
+func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	l, err := leaseOf(req.Secret)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { b.reportCredential(ctx, req, credRenewed, "renew", l, start, failure(resp, err)) }()
 	r, err := getRole(ctx, req.Storage, l.Role)
 	if err != nil {
 		return nil, err
@@ -1086,83 +926,425 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *framew
 	if r == nil {
 		return logical.ErrorResponse("role %q of this lease does not exist any more", l.Role), nil
 	}
-	if l.WALID != "" {
-		// The lease's end may move, to its last one at most; it never comes earlier.
-		entry, err := framework.GetWAL(ctx, req.Storage, l.WALID)
-		if err == nil && entry != nil {
-			var issued issuedCredential
-			err = decode(entry.Data, &issued)
-			if end := req.Secret.IssueTime.Add(r.MaxTTL + keyGrace); err == nil && end.After(issued.LeaseEnd) {
-				err = putIssued(ctx, req.Storage, l, end)
-			}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("moving the lease's end in the write-ahead log: %w", err)
-		}
+	issued := req.Secret.IssueTime
+	maxTTL := min(r.MaxTTL, unixTime(l.End).Add(-keyGrace).Sub(issued))
+	if maxTTL < time.Second { // CalculateTTL would take 0 for no maximum
+		return logical.ErrorResponse("lease can't be renewed: it is past its end"), nil
+	}
+	// What Vault will make of the lease when it gets our answer.
+	ttl, _, err := framework.CalculateTTL(b.System(), req.Secret.Increment, r.TTL, 0, maxTTL, 0, issued)
+	if err != nil {
+		return logical.ErrorResponse("lease can't be renewed: %s", err), nil
 	}
 	if l.KeyExpires {
-		// What Vault will make of the lease when it gets our answer.
-		ttl, _, err := framework.CalculateTTL(b.System(), req.Secret.Increment, r.TTL, 0, r.MaxTTL, 0, req.Secret.IssueTime)
-		if err != nil {
-			return logical.ErrorResponse("lease can't be renewed: %s", err), nil
-		}
-		limit := r.MaxTTL
-		if mount := b.System().MaxLeaseTTL(); mount > 0 {
-			limit = min(limit, mount)
-		}
-		life := keyLife{
-			ttl:   min(ttl+keyGrace-renewSlack, maxKeyLife),
-			until: req.Secret.IssueTime.Add(limit + keyGrace - renewSlack),
-		}
-		err = b.useClient(ctx, req.Storage, func(c *client) error {
-			return c.setKeyLife(ctx, l.ProjectID, l.APIKeyID, life)
+		err = b.useClient(ctx, req.Storage, l.OrganizationID, func(c *client) error {
+			return c.setKeyLife(ctx, l.ProjectID, l.APIKeyID, min(ttl+keyGrace, maxKeyLife))
 		})
-		if err != nil {
-			return answerError("moving the key's expiry", err)
-		}
 	}
-	req.Secret.TTL, req.Secret.MaxTTL = r.TTL, r.MaxTTL
+	b.reportCredential(ctx, req, "renew", l, err)
+	if err != nil {
+		return answerError(fmt.Errorf("moving the key's expiry: %w", err))
+	}
+	req.Secret.TTL, req.Secret.MaxTTL = r.TTL, maxTTL
 	return &logical.Response{Secret: req.Secret}, nil
 }
 
-// credRevoke deletes what a lease stands for at OpenAI; what is gone already is revoked.
-// Vault tries again after an error, so what fails is remembered, for sweep, and after
-// maxRevokeFailures it is sweep's alone.
-func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *framework.FieldData) (_ *logical.Response, err error) {
-	start := time.Now()
+// maxRevokeFailures is after how many failures the plugin takes a revocation over. Vault gives up at its sixth, and
+// would then try once a day.
+const maxRevokeFailures = 5
+
+// credRevoke deletes what a lease stands for at OpenAI; what is gone already is revoked. Vault tries again after an
+// error. Sweep tries too, and after maxRevokeFailures only sweep does.
+func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	l, err := leaseOf(req.Secret)
 	if err != nil {
 		return nil, err
 	}
-	callCtx, cancel := context.WithTimeout(ctx, revokeTimeout)
+	callCtx, cancel := context.WithTimeout(ctx, requestTimeout-undoTimeout) // leaves time to store
 	defer cancel()
-	b.unsettled.Store(l.WALID, nil) // its entry, if there is one, may be all that remembers the credential
-	err = b.deleteCredential(callCtx, req.Storage, l)
-	b.reportCredential(ctx, req, credRevoked, "revoke", l, start, err)
-	var failures int
-	var cleanupErr error
-	if err != nil {
-		failures, cleanupErr = b.rememberCleanup(ctx, req.Storage, l, 1)
-	}
-	if cleanupErr == nil {
-		if _, kept := b.unsettled.LoadAndDelete(l.WALID); !kept { // settle has passed it by
-			_ = framework.DeleteWAL(ctx, req.Storage, l.WALID)
-		}
-	}
+	err = b.revokeAtOpenAI(callCtx, req.Storage, l)
+	b.reportCredential(ctx, req, "revoke", l, err)
 	if err == nil {
 		return nil, nil
 	}
+	failures, cleanupErr := b.addCleanup(ctx, req.Storage, l, 1)
 	if cleanupErr == nil && failures >= maxRevokeFailures {
-		b.metrics.add(metricHandedOver, 1)
-		b.Logger().Error("revocation keeps failing: Vault is told that it is done, and the plugin tries until OpenAI confirms",
-			"project_id", l.ProjectID, "service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID, "failures", failures)
+		b.metrics.add("revocations_handed_over_total", 1)
+		b.Logger().Error("revocation taken over: Vault is told that it is done, the plugin goes on until it is",
+			"project_id", l.ProjectID, "id", l.id(), "failures", failures)
 		return nil, nil
 	}
-	return nil, errors.Join(fmt.Errorf("deleting %q: %w", l.key(), err), cleanupErr)
+	return nil, errors.Join(fmt.Errorf("deleting %q: %w", l.id(), err), cleanupErr)
+}
+
+// addCleanup remembers a credential for sweep, with failed more failures, and returns their count.
+func (b *backend) addCleanup(ctx context.Context, s logical.Storage, l *lease, failed int) (failures int, err error) {
+	c := cleanup{lease: *l}
+	if _, err := getJSON(ctx, s, cleanupPrefix+l.id(), &c); err != nil {
+		return 0, err
+	}
+	c.Failures += failed
+	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.id(), c)
+}
+
+// sweep works the clean-up entries off, in an order of chance: an entry that keeps failing does not keep the others
+// waiting.
+func (b *backend) sweep(ctx context.Context, s logical.Storage) {
+	ids, failed := s.List(ctx, cleanupPrefix)
+	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+	for _, id := range ids {
+		err := b.sweepOne(ctx, s, id)
+		failed = cmp.Or(failed, err)
+		var e *apiError
+		if answered := errors.As(err, &e); answered && !isRefused(err) || isStatus(err, http.StatusUnauthorized) ||
+			errors.Is(err, errNotConfigured) || ctx.Err() != nil {
+			break // it is the same for all
+		}
+	}
+	if failed != nil {
+		b.Logger().Warn("clean-up failed, will be tried again", "error", failed)
+	}
+}
+
+// sweepOne deletes what an entry stands for, and then the entry.
+func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	defer func() { b.metrics.add("cleanups_total", 1, "result", result(err)) }()
+	var c cleanup
+	if _, err = getJSON(ctx, s, cleanupPrefix+id, &c); err != nil || c.id() == "" {
+		return err
+	}
+	if err = b.revokeAtOpenAI(ctx, s, &c.lease); err != nil {
+		return fmt.Errorf("deleting %q: %w", id, err)
+	}
+	b.Logger().Info("cleaned up a credential", "project_id", c.ProjectID,
+		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
+	return s.Delete(ctx, cleanupPrefix+id)
+}
+
+// lostCreate is a create that failed and of which OpenAI may have made something, or may yet.
+type lostCreate struct {
+	lease
+	since time.Time
+}
+
+const (
+	maxLost       = 1000
+	searchTime    = 10 * time.Minute // so long a lost create is looked for at each tick,
+	lostTime      = 24 * time.Hour   // and so long by each full pass: OpenAI may carry it out late
+	firstPass     = 2 * time.Minute  // after the process started
+	passInterval  = time.Hour        // between the starts of two full passes
+	retryInterval = 10 * time.Minute // likewise, after one that failed
+	passTimeout   = 50 * time.Minute
+	tidyWait      = 30 * time.Second // so long a pass by hand is waited for
+	maxListed     = 100              // ids in an answer of tidy
+	maxErrors     = 10               // texts in it
+)
+
+func (b *backend) addLost(name string, l *lease) {
+	b.lostMu.Lock()
+	defer b.lostMu.Unlock()
+	if len(b.lost) < maxLost {
+		b.lost[name] = lostCreate{*l, time.Now()}
+	} else {
+		b.Logger().Error("too many lost creates: this one stays until its end", "name", name, "project_id", l.ProjectID)
+	}
+}
+
+// lostSince returns the lost creates that are not older than age, and forgets those that are older than lostTime.
+func (b *backend) lostSince(age time.Duration) map[string]lostCreate {
+	b.lostMu.Lock()
+	defer b.lostMu.Unlock()
+	maps.DeleteFunc(b.lost, func(_ string, l lostCreate) bool { return time.Since(l.since) > lostTime })
+	found := maps.Clone(b.lost)
+	maps.DeleteFunc(found, func(_ string, l lostCreate) bool { return time.Since(l.since) > age })
+	return found
+}
+
+// pass is one run of tidy over projects.
+type pass struct {
+	mountID string                // the tag that is looked for; empty: only what is lost
+	lost    map[string]lostCreate // creates of this mount that are looked for by their names
+	dryRun  bool
+
+	started, finished time.Time // zero: it is not a full pass
+	projects, found   int       // looked through; accounts and keys with the tag
+	deleted, failed   int
+	leftover, errs    []string
+	undated           bool // an answer had no Date
+}
+
+// fail counts err, if it is one.
+func (p *pass) fail(err error) {
+	if err == nil {
+		return
+	}
+	if p.failed++; len(p.errs) < maxErrors {
+		p.errs = append(p.errs, err.Error())
+	}
+}
+
+// wants tells whether the pass has to do with what has this name.
+func (p *pass) wants(name string) bool {
+	_, lost := p.lost[name]
+	tag, _, ok := parseName(name)
+	if ok && tag == p.mountID {
+		p.found++
+		return true
+	}
+	return lost
+}
+
+// due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
+// tidyMargin.
+func (p *pass) due(c *credential) bool {
+	if _, ok := p.lost[c.name]; ok {
+		return true
+	}
+	p.undated = p.undated || c.at.IsZero()
+	_, end, _ := parseName(c.name)
+	return end.Add(tidyMargin).Before(c.at)
+}
+
+// tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
+// accounts.
+func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
+	var found []credential
+	for _, keys := range []bool{false, true} {
+		err := b.useClient(ctx, s, organization, func(c *client) error {
+			list, err := c.credentialsNamed(ctx, id, keys, p.wants)
+			if found = append(found, list...); c.projectGone(ctx, id, err) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("project %s: %w", id, err)
+		}
+	}
+	b.keepUp(ctx, s, p)
+	inUse := map[string]bool{} // accounts, by their ids
+	for _, c := range found {
+		inUse[c.ServiceAccountID] = inUse[c.ServiceAccountID] || c.KeyOnly && !p.due(&c)
+	}
+	for _, c := range found {
+		if c.OrganizationID = organization; p.due(&c) && (c.KeyOnly || !inUse[c.ServiceAccountID]) {
+			p.fail(b.tidyOne(ctx, s, p, &c))
+			b.keepUp(ctx, s, p)
+		}
+	}
+	return nil
+}
+
+// keepUp does each minute of a full pass what ticks can't do meanwhile.
+func (b *backend) keepUp(ctx context.Context, s logical.Storage, p *pass) {
+	if !p.started.IsZero() && !p.dryRun && time.Since(b.knownDeleted) > time.Minute {
+		b.deleteKnown(ctx, s)
+	}
+}
+
+// tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since this moment.
+func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *credential) error {
+	var err error
+	var roles []*role
+	if !l.KeyOnly {
+		roles, err = getRoles(ctx, s)
+	}
+	named := func(r *role) bool { return r.ServiceAccountID == l.id() }
+	if err != nil || slices.ContainsFunc(roles, named) {
+		return err
+	}
+	if !p.dryRun {
+		err = b.revokeAtOpenAI(ctx, s, &l.lease)
+		b.metrics.add("tidy_deletions_total", 1, "result", result(err))
+	}
+	if p.dryRun || err != nil {
+		p.leftover = append(p.leftover, l.id())
+		return err
+	}
+	p.deleted++
+	b.Logger().Info("deleted what was left behind", "name", l.name, "project_id", l.ProjectID, "id", l.id())
+	b.lostMu.Lock()
+	defer b.lostMu.Unlock()
+	delete(b.lost, l.name)
+	return nil
+}
+
+// inBackground runs work until it is done, passTimeout is over or Clean is called; nil: other work is under way.
+func (b *backend) inBackground(work func(ctx context.Context)) (done chan struct{}) {
+	if !b.passMu.TryLock() {
+		return nil
+	}
+	done = make(chan struct{})
+	go func() {
+		defer close(done)
+		defer b.passMu.Unlock()
+		ctx, cancel := context.WithTimeout(b.lifetime, passTimeout)
+		defer cancel()
+		work(ctx)
+	}()
+	return done
+}
+
+// tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so
+// outside of Vault's tick, which holds a lock.
+func (b *backend) tidyPeriodically(s logical.Storage) {
+	b.inBackground(func(ctx context.Context) {
+		b.deleteKnown(ctx, s)
+		if _, err := b.getClient(ctx, s); err != nil || time.Now().Before(b.nextPass) {
+			return // err: there is no config
+		}
+		b.nextPass = time.Now().Add(passInterval)
+		if p := b.tidy(ctx, s, &pass{mountID: b.mountID, lost: b.lostSince(lostTime)}, nil); p.failed > 0 {
+			b.nextPass = time.Now().Add(retryInterval)
+		}
+	})
+}
+
+// deleteKnown works the clean-up entries off and looks for creates that were lost lately.
+func (b *backend) deleteKnown(ctx context.Context, s logical.Storage) {
+	b.knownDeleted = time.Now()
+	b.sweep(ctx, s)
+	p := &pass{lost: b.lostSince(searchTime)}
+	projects := map[string]string{} // organizations by project
+	for _, l := range p.lost {
+		projects[l.ProjectID] = l.OrganizationID
+	}
+	for id, organization := range projects {
+		p.fail(b.tidyProject(ctx, s, p, organization, id))
+	}
+	if p.failed > 0 {
+		b.Logger().Warn("looking for lost creates failed, will be tried again", "errors", p.errs)
+	}
+}
+
+// tidy is a full pass: over the projects of these ids, or over all active ones of the organization. The order is of
+// chance, so that a pass that is cut off by passTimeout leaves out other projects than the one before.
+func (b *backend) tidy(ctx context.Context, s logical.Storage, p *pass, ids []string) *pass {
+	p.started = time.Now()
+	var organization string
+	all := ids
+	p.fail(b.useClient(ctx, s, "", func(c *client) (err error) {
+		organization = c.config.OrganizationID
+		if len(ids) == 0 {
+			all, err = c.activeProjects(ctx)
+		}
+		return err
+	}))
+	ids = all
+	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+	for _, id := range ids {
+		err := b.tidyProject(ctx, s, p, organization, id)
+		if p.fail(err); err == nil {
+			p.projects++
+		}
+	}
+	if p.undated {
+		p.fail(errors.New("OpenAI's answers have no Date: nothing was deleted by the end in its name"))
+	}
+	p.finished = time.Now()
+	b.lastPass.Store(p)
+	var err error
+	if p.failed > 0 {
+		err = errors.New(strings.Join(p.errs, "; "))
+		b.Logger().Warn("tidy could not do all", "failed", p.failed, "error", err)
+	}
+	b.metrics.add("tidy_passes_total", 1, "result", result(err))
+	b.Logger().Info("tidy has ended", "mount_id", p.mountID, "projects", p.projects, "found", p.found,
+		"deleted", p.deleted)
+	return p
+}
+
+var mountIDPattern = regexp.MustCompile(`^[a-z2-7]{6}$`)
+
+func pathTidy(b *backend) []*framework.Path {
+	shown := fieldMap{
+		"mount_id": required(text, "The tag in the names that the pass looked for."),
+		"dry_run":  required(boolean, "Whether the pass deleted nothing."),
+		"started":  required(text, "When the pass began (RFC 3339, UTC); empty: none did since the plugin started."),
+		"finished": required(text, "When the pass ended (RFC 3339, UTC)."),
+		"projects": required(number, "Number of projects looked through."),
+		"found":    required(number, "Number of accounts and keys whose names have the tag."),
+		"deleted":  required(number, "Number of those that were deleted."),
+		"failed":   required(number, "Number of projects and deletions that failed."),
+		"leftover": required(texts, "IDs of accounts and keys that are due and still there, at most 100."),
+		"pending":  required(texts, "IDs of credentials whose revocation failed, to be cleaned up; at most 100."),
+		"errors":   required(texts, "What the pass could not do, at most 10 texts."),
+	}
+	run := operation(b.tidyWrite, "run", "tidy", "Delete what was left behind at OpenAI.", shown)
+	read := operation(b.tidyRead, "read", "tidy-status", "Read what the last pass did.", shown)
+	run.ForwardPerformanceStandby, read.ForwardPerformanceStandby = true, true
+	return []*framework.Path{{
+		Pattern: "tidy", DisplayAttrs: display(""),
+		Fields: fieldMap{
+			"dry_run":     defaulted(boolean, false, "Whether to delete nothing: true or false. Default false."),
+			"mount_id":    field(text, "The mount_id of a lost mount, to delete what it left. Default: this mount's."),
+			"project_ids": field(texts, "IDs of projects to look through. Default: the organization's active ones."),
+		},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.UpdateOperation: run, logical.ReadOperation: read,
+		},
+		HelpSynopsis: "Delete what was left behind at OpenAI.", HelpDescription: tidyHelpDescription,
+	}}
+}
+
+func (b *backend) tidyWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	p := &pass{mountID: b.mountID, dryRun: d.Get("dry_run").(bool)}
+	setText(d, "mount_id", &p.mountID)
+	p.mountID = cmp.Or(p.mountID, b.mountID)
+	ids, _ := d.Get("project_ids").([]string)
+	switch {
+	case b.mountID == "":
+		return nil, errNoUUID
+	case !mountIDPattern.MatchString(p.mountID):
+		return logical.ErrorResponse("mount_id must be 6 letters a to z or digits 2 to 7"), nil
+	case slices.ContainsFunc(ids, func(id string) bool { return !validID(id) }):
+		return logical.ErrorResponse("project_ids must each be 1 to 128 letters, digits, - or _"), nil
+	}
+	if _, err := b.getClient(ctx, req.Storage); err != nil {
+		return answerError(err)
+	}
+	if p.mountID == b.mountID {
+		p.lost = b.lostSince(lostTime)
+	}
+	s := req.Storage
+	done := b.inBackground(func(ctx context.Context) { b.tidy(ctx, s, p, ids) })
+	if done == nil {
+		return logical.ErrorResponse("a pass is under way: read tidy, and try again when it has ended"), nil
+	}
+	wait, cancel := context.WithTimeout(ctx, tidyWait)
+	defer cancel()
+	select {
+	case <-done:
+		return b.tidyRead(ctx, req, d)
+	case <-wait.Done():
+	}
+	resp, err := b.tidyRead(ctx, req, d)
+	if err == nil {
+		resp.AddWarning("the pass goes on, and this is what the one before it did: read tidy later")
+	}
+	return resp, err
+}
+
+func (b *backend) tidyRead(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
+	pending, err := req.Storage.List(ctx, cleanupPrefix)
+	if err != nil {
+		return nil, fmt.Errorf("listing clean-up entries: %w", err)
+	}
+	p := cmp.Or(b.lastPass.Load(), &pass{mountID: b.mountID})
+	return &logical.Response{Data: map[string]any{
+		"mount_id": p.mountID, "dry_run": p.dryRun,
+		"started": formatTime(p.started), "finished": formatTime(p.finished),
+		"projects": p.projects, "found": p.found, "deleted": p.deleted, "failed": p.failed,
+		"leftover": append([]string{}, p.leftover[:min(len(p.leftover), maxListed)]...),
+		"pending":  append([]string{}, pending[:min(len(pending), maxListed)]...),
+		"errors":   append([]string{}, p.errs...),
+	}}, nil
 }
 
 func pathMetrics(b *backend) []*framework.Path {
-	format := field(framework.TypeString, "prometheus: Prometheus' text format. Default: data, by metric and labels.")
+	format := field(text, "prometheus: Prometheus' text format. Default: data, by metric and labels.")
 	format.Query = true
 	shown := fieldMap{}
 	for _, f := range families {
@@ -1174,17 +1356,17 @@ func pathMetrics(b *backend) []*framework.Path {
 		}
 	}
 	return []*framework.Path{{
-		Pattern:      "metrics",
-		DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "openai"},
-		Fields:       fieldMap{"format": format},
+		Pattern: "metrics", DisplayAttrs: display(""),
+		Fields: fieldMap{"format": format},
 		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: operation(b.metricsRead, "read", "metrics", "Read what this mount has counted on this node.", shown),
+			logical.ReadOperation: operation(b.metricsRead, "read", "metrics",
+				"Read what this mount has counted on this node.", shown),
 		},
 		HelpSynopsis: "Read what this mount has counted on this node.", HelpDescription: metricsHelpDescription,
 	}}
 }
 
-func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
+func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	all, err := b.gather(ctx, req.Storage)
 	if err != nil {
 		return nil, err
@@ -1193,13 +1375,17 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fram
 	switch d.Get("format").(string) {
 	case "prometheus":
 		data[logical.HTTPContentType] = "text/plain; version=0.0.4; charset=utf-8"
-		data[logical.HTTPRawBody] = prometheus(all)
+		data[logical.HTTPRawBody] = all.prometheus()
 		data[logical.HTTPStatusCode] = http.StatusOK
 	case "":
-		for name, values := range all {
-			data[metricPrefix+name] = values
-			if value, ok := values[""]; ok {
-				data[metricPrefix+name] = value
+		for _, f := range families {
+			for _, name := range f.series() {
+				values, _ := all.of(name)
+				if value, ok := values[""]; ok {
+					data[metricPrefix+name] = value
+				} else if len(values) > 0 {
+					data[metricPrefix+name] = values
+				}
 			}
 		}
 	default:
@@ -1209,67 +1395,59 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fram
 }
 
 const backendHelp = `
-The OpenAI secrets engine makes OpenAI service accounts with API keys on demand and
-deletes them when their lease ends. Give it an Admin API key with "config", describe
-what to hand out with "roles/<name>", and read keys from "creds/<name>". It rotates
-its own Admin API key with "config/rotate" or on a schedule.
+The OpenAI secrets engine makes OpenAI service accounts with API keys on demand and deletes them when their lease ends.
+Give it an Admin API key with "config", describe what to hand out with "roles/<name>", and read keys from
+"creds/<name>". It rotates its own Admin API key with "config/rotate" or on a schedule.
 `
 
 // The long help texts of the paths.
 const (
 	configHelpDescription = `
-The write is proved against OpenAI before anything is stored, unless
-verify_connection=false. A later write changes the fields that it names and keeps the
-others. admin_api_key_id must be the id of that very key, since a rotation deletes the
-key with this id; when it is absent, the key is looked for among the organization's.
+The write is proved at OpenAI before anything is stored, unless verify_connection=false. A later write changes the
+fields that it names and keeps the others. admin_api_key_id must be the id of that very key, since a rotation deletes
+the key with this id. The key itself is never returned.
 
-rotation_period (seconds or a duration) or rotation_schedule (cron, UTC; with
-rotation_window of at least an hour if wanted) rotates the key by itself;
-disable_automated_rotation=true suspends that. rotation_manager shows who does it:
-Vault's rotation manager where there is one (Enterprise), else the plugin, which looks
-once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI, so
-that a stolen one ends by itself. The key is never returned.
+rotation_period, or rotation_schedule (cron, UTC; with rotation_window if wanted), rotates the key by itself.
+rotation_manager shows who does it: Vault's rotation manager where there is one (Enterprise), else the plugin, which
+looks once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI.
 `
 	rotateHelpDescription = `
-Makes a new Admin API key at OpenAI, proves it, stores it, and deletes the old one when
-the calls that use it have ended. After a failure config holds a key that works. An old
-key that could not be deleted is named in a warning and in config's pending_deletion,
-and is deleted later.
+Makes a new Admin API key at OpenAI, proves it, stores it, and deletes the old one. Calls that still use the old one
+are repeated with the new one. After a failure config holds a key that works. An old key that could not be deleted is
+named in a warning and in config's pending_deletion, and is deleted later.
 `
 	roleHelpDescription = `
-A role names the OpenAI project (project_id), what its keys may do, how they are called
-(service_account_name_template) and how long their leases run (ttl, max_ttl). There are
+A role names the OpenAI project, what its keys may do, how they are called and how long their leases run. There are
 three kinds:
 
     neither scopes nor service_account_id
-        Each key gets a service account of its own, with all that a member of the
-        project can do. One call to OpenAI.
+        Each key gets a service account of its own, with all that a member of the project can do.
     scopes
-        Each key gets a service account of its own (service_account_role: member or
-        owner), and is restricted to the scopes. Three calls.
+        Each key gets a service account of its own (service_account_role), and is restricted to the scopes.
     service_account_id, with or without scopes
-        Keys are made on this existing account, with its usage, roles and limits.
-        Revocation deletes the key and never the account. One call.
+        Keys are made on this existing account. Revocation deletes the key and never the account.
 
-The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and
-.DisplayName (of the token that asks), and Vault's functions random, uuid, truncate,
-truncate_sha256, lowercase, uppercase, replace, sha256, base64, unix_time,
-unix_time_millis and timestamp. Other characters than letters, digits, - and _ become
--; names have at most 64 characters. .ProjectName costs a call, once.
-
-With enforce_key_expiry (the default) OpenAI itself expires a key about a minute after
-its lease, even if Vault is lost. Set it to false for gateways that do not know
-expires_in_seconds.
+The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and .DisplayName (of the token that asks), and
+the functions of Vault's user name templates. What is not a letter, digit, - or _ becomes -. A name ends in - and
+.RandomSuffix, 19 characters from which tidy knows it: where the template does not end so, both are appended, and what
+is longer than 64 characters is cut before them.
 `
 	credsHelpDescription = `
-Each read makes a new API key as the role says. The lease can be renewed up to the
-role's max_ttl; when it ends or is revoked the key's service account is deleted, and
-the key with it. Where the role names an existing account, only the key is deleted.
+Each read makes a new API key as the role says. The lease can be renewed up to the role's max_ttl; when it ends or is
+revoked, the service account is deleted with its key. Where the role names an existing account, only the key is.
+`
+	tidyHelpDescription = `
+The name of each account and key that this mount makes tells which mount made it (mount_id) and by when nobody can have
+a lease of it. A pass lists the accounts and keys of the organization's active projects and deletes those that have
+this mount's mount_id and are past their end by ten minutes, and those whose creation failed although OpenAI carried it
+out. It never deletes an account that a role names, nor anything of another name. A pass runs two to three minutes
+after the plugin's process starts and then each hour. A write runs one now and waits for it up to 30 seconds;
+dry_run=true tells what it would delete, in leftover. With the mount_id of a mount that is lost it deletes what that
+one left and is past its end. A read shows the last pass.
 `
 	metricsHelpDescription = `
-With format=prometheus the answer is Prometheus' text format, to be scraped through
-Vault with a token whose policy may read this path; else it is data, by metric and
-labels. Counters begin at 0 when the plugin's process starts, and each Vault node
-counts what it did itself.
+With format=prometheus the answer is Prometheus' text format, to be scraped through Vault with a token whose policy may
+read this path; else it is data, by metric and labels. Counters begin at 0 when the plugin's process starts, and each
+Vault node counts what it did itself.
 `
 )

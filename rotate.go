@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/http"
@@ -12,7 +13,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/rotation"
@@ -27,17 +27,22 @@ const (
 
 const (
 	proofTimeout   = 20 * time.Second // until a new admin key must be accepted by OpenAI
-	drainTimeout   = 20 * time.Second // for calls on the old key to end before it is deleted
+	maxProofWait   = 2 * time.Second  // between two tries of that
 	minRotateRetry = time.Minute      // after a scheduled rotation failed, doubling
 	maxRotateRetry = time.Hour
 	expiryWarning  = 7 * 24 * time.Hour // how long before the admin key expires the log warns, once an hour
+
+	// creatingRest is how long a key in Creating is left alone: another node may still be making it.
+	creatingRest = 2 * time.Minute
+	_            = uint(creatingRest - requestTimeout - undoTimeout)
+	maxCreating  = 50
 )
 
 // errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
 var errKeyID = errors.New("admin_api_key_id is required")
 
-// ownKey proves the client's key and returns what OpenAI knows of it: under the configured
-// id, if that is of this very key, else the only one whose redacted value fits.
+// ownKey proves the client's key and returns what OpenAI knows of it: under the configured id, if that is of this
+// very key, else the only one whose redacted value fits.
 func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 	fits := func(k adminKey) bool { return k.fits(c.config.AdminAPIKey) }
 	if id := c.config.AdminAPIKeyID; id != "" {
@@ -47,7 +52,7 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 		}
 		return k, err
 	}
-	keys, err := c.adminKeysWhere(ctx, fits)
+	keys, _, err := c.adminKeysWhere(ctx, fits)
 	if err == nil && len(keys) != 1 {
 		err = fmt.Errorf("%w: %d of the organization's keys fit admin_api_key", errKeyID, len(keys))
 	}
@@ -61,9 +66,9 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 func addRotationFields(fields fieldMap) {
 	automatedrotationutil.AddAutomatedRotationFields(fields)
 	for name, text := range map[string]string{
-		"rotation_period":            "Time between rotations of the admin key, a duration. Excludes rotation_schedule. Default: none.",
-		"rotation_schedule":          "Times of rotations of the admin key: cron with five fields, in UTC. Default: none.",
-		"rotation_window":            "How long after a scheduled time a rotation may still start: a duration of at least 1h, with rotation_schedule only. Default: none.",
+		"rotation_period":            "Time between rotations. Excludes rotation_schedule. Default: none.",
+		"rotation_schedule":          "Times of rotations: cron with five fields, in UTC. Default: none.",
+		"rotation_window":            "How late a scheduled rotation may start: at least 1h. Default: none.",
 		"rotation_policy":            "Name of a rotation policy of Vault Enterprise. Default: none.",
 		"disable_automated_rotation": "Whether the schedule is suspended: true or false. Default false.",
 	} {
@@ -72,9 +77,8 @@ func addRotationFields(fields fieldMap) {
 }
 
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
-func (cfg *config) updateRotation(d *framework.FieldData) error {
-	// The helper takes the window only together with the schedule; a schedule that is
-	// already stored will do.
+func (cfg *config) updateRotation(d *fieldData) error {
+	// The helper takes the window only together with the schedule; a schedule that is already stored will do.
 	if _, named := d.Raw["rotation_window"]; named && cfg.RotationSchedule != "" {
 		if _, named := d.Raw["rotation_schedule"]; !named {
 			d.Raw["rotation_schedule"] = cfg.RotationSchedule
@@ -88,7 +92,8 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	}
 	switch {
 	case cfg.RotationPeriod != 0 && cfg.RotationSchedule != "":
-		return errors.New("rotation_period and rotation_schedule exclude each other: clear one with rotation_period=0 or rotation_schedule=\"\"")
+		return errors.New("rotation_period and rotation_schedule exclude each other: clear one, with " +
+			"rotation_period=0 or rotation_schedule=\"\"")
 	case strings.Contains(cfg.RotationSchedule, "TZ="):
 		return errors.New("rotation_schedule is in UTC and takes no time zone")
 	case cfg.RotationSchedule != "" && !cfg.DisableAutomatedRotation && cfg.nextRotation(time.Now()).IsZero():
@@ -103,7 +108,8 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	}
 	switch gap := cfg.longestGap(time.Now()); {
 	case gap == 0:
-		return errors.New("admin_key_ttl needs rotation_period or rotation_schedule, and no disable_automated_rotation: the key would expire without a successor")
+		return errors.New("admin_key_ttl needs rotation_period or rotation_schedule, and no " +
+			"disable_automated_rotation: the key would expire without a successor")
 	case cfg.AdminKeyTTL < 2*gap:
 		return fmt.Errorf("admin_key_ttl must be at least twice the longest time between rotations, %s", 2*gap)
 	case cfg.AdminKeyTTL > maxKeyLife:
@@ -112,8 +118,8 @@ func (cfg *config) updateRotation(d *framework.FieldData) error {
 	return nil
 }
 
-// longestGap returns the longest time between scheduled rotations within a year; 0 when
-// there are none. A schedule of each minute takes about half a second.
+// longestGap returns the longest time between scheduled rotations within a year; 0 when there are none. A schedule of
+// each minute takes about half a second.
 func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
 	if cfg.DisableAutomatedRotation {
 		return 0
@@ -136,7 +142,8 @@ func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
 func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, cfg *config) (string, error) {
 	if cfg.ShouldDeregisterRotationJob() {
 		if was.RotationManager == managerVault || was.RotationManager == "" && was.HasNonzeroRotationValues() {
-			err := b.System().DeregisterRotationJob(ctx, &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath})
+			job := &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath}
+			err := b.System().DeregisterRotationJob(ctx, job)
 			if err != nil && !noRotationManager(err) {
 				return "", fmt.Errorf("deregistering rotation job: %w", err)
 			}
@@ -144,13 +151,9 @@ func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, 
 		return managerNone, nil
 	}
 	_, err := b.System().RegisterRotationJob(ctx, &rotation.RotationJobConfigureRequest{
-		Name:             "openai-admin-api-key",
-		MountPoint:       mountPoint,
-		ReqPath:          configPath,
-		RotationSchedule: cfg.RotationSchedule,
-		RotationWindow:   cfg.RotationWindow,
-		RotationPeriod:   cfg.RotationPeriod,
-		RotationPolicy:   cfg.RotationPolicy,
+		Name: "openai-admin-api-key", MountPoint: mountPoint, ReqPath: configPath,
+		RotationSchedule: cfg.RotationSchedule, RotationWindow: cfg.RotationWindow,
+		RotationPeriod: cfg.RotationPeriod, RotationPolicy: cfg.RotationPolicy,
 	})
 	if noRotationManager(err) {
 		return managerPlugin, nil
@@ -161,15 +164,15 @@ func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, 
 	return managerVault, nil
 }
 
-// noRotationManager tells whether err says that this Vault has no rotation manager. The
-// error comes over gRPC, which keeps its text only.
+// noRotationManager tells whether err says that this Vault has no rotation manager. The error comes over gRPC, which
+// keeps its text only.
 func noRotationManager(err error) bool {
 	return err != nil && (strings.Contains(err.Error(), automatedrotationutil.ErrRotationManagerUnsupported.Error()) ||
 		strings.Contains(err.Error(), "Unimplemented"))
 }
 
-// nextRotation returns when the key is due: a time that has passed when it is overdue,
-// zero for never. With a window, times whose window had closed before now are left out.
+// nextRotation returns when the key is due: a time that has passed when it is overdue, zero for never. With a window,
+// times whose window had closed before now are left out.
 func (cfg *config) nextRotation(now time.Time) time.Time {
 	if cfg.DisableAutomatedRotation || !cfg.HasNonzeroRotationValues() {
 		return time.Time{}
@@ -188,12 +191,12 @@ func (cfg *config) nextRotation(now time.Time) time.Time {
 	return rotation.DefaultScheduler.NextRotationTimeFromInput(schedule, last.UTC())
 }
 
-func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *framework.FieldData) (*logical.Response, error) {
+func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	b.configMu.Lock()
 	defer b.configMu.Unlock()
 	cfg, err := b.rotate(ctx, req, "manual")
 	if err != nil {
-		return answerError("rotating the admin API key", err)
+		return answerError(fmt.Errorf("rotating the admin API key: %w", err))
 	}
 	resp := &logical.Response{Data: map[string]any{
 		"admin_api_key_id": cfg.AdminAPIKeyID,
@@ -214,25 +217,26 @@ func (b *backend) rotateCredential(ctx context.Context, req *logical.Request) er
 	return err
 }
 
-// rotate replaces the admin key and returns the new config. The caller holds configMu.
-// What a fault or a crash leaves, by the step that came last:
+// rotate replaces the admin key and returns the new config. The caller holds configMu. What a fault or a crash
+// leaves, by the step that came last:
 //
-//	write-ahead-log entry  nothing, or a new key that nobody has: rollback deletes it
-//	new key made, proved   likewise
-//	config stored          both keys work; the entry's key is in config, so rollback keeps it
-//	entry deleted          both keys work; the old one's id is in PendingDeletion
-//	old key deleted        its id is still in PendingDeletion: deleting it again is no error
+//	name stored     nothing, or a new key that nobody has: seekCreating deletes it
+//	new key made    likewise, and so when it was proved
+//	new key stored  both keys work; the old one's id is in PendingDeletion
+//	old key deleted its id is still in PendingDeletion: deleting it again is no error
 //
-// So config holds a working key at any moment.
+// So config holds a working key at any moment. A call that uses the old key is repeated with the new one: see
+// useClient.
 func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger string) (cfg *config, err error) {
 	start, s := time.Now(), req.Storage
 	defer func() {
-		b.metrics.add(metricRotations, 1, "trigger", trigger, "result", result(err))
+		b.metrics.add("rotations_total", 1, "trigger", trigger, "result", result(err))
 		pairs := []any{"trigger", trigger, "duration", time.Since(start).Round(time.Millisecond).String()}
 		if err == nil {
-			pairs = append(pairs, "admin_api_key_id", cfg.AdminAPIKeyID, "pending_deletion", strings.Join(cfg.PendingDeletion, ","))
+			pairs = append(pairs, "admin_api_key_id", cfg.AdminAPIKeyID,
+				"pending_deletion", strings.Join(cfg.PendingDeletion, ","))
 		}
-		b.report(ctx, req, keyRotated, err, pairs...)
+		b.report(ctx, req, "rotate-root", err, pairs...)
 	}()
 	if cfg, err = getConfig(ctx, s); err != nil {
 		return nil, err
@@ -245,59 +249,60 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 	if err != nil {
 		return nil, fmt.Errorf("checking the present key: %w", err)
 	}
-
-	suffix, err := randomText(20)
+	key, err := b.makeAdminKey(ctx, s, cfg, current)
 	if err != nil {
 		return nil, err
 	}
-	name := "vault-admin-" + suffix
-	walID, err := framework.PutWAL(ctx, s, walAdminKey, pendingAdminKey{Name: name})
-	if err != nil {
-		return nil, fmt.Errorf("writing write-ahead log: %w", err)
-	}
-	key, err := current.createAdminKey(ctx, name, cfg.AdminKeyTTL)
-	if err != nil {
-		if notDone(err) {
-			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
-		}
-		return nil, fmt.Errorf("creating admin API key: %w", err)
-	}
-
-	cfg.AdminAPIKey, cfg.AdminAPIKeyID, cfg.AdminKeyExpires = key.Value, key.ID, unixTime(key.ExpiresAt)
-	cfg.LastRotatedTime = time.Now()
-	next := b.newClient(cfg)
+	after := *cfg
+	after.AdminAPIKey, after.AdminAPIKeyID, after.AdminKeyExpires = key.Value, key.ID, unixTime(key.ExpiresAt)
+	after.LastRotatedTime = time.Now()
+	after.PendingDeletion = append(after.PendingDeletion, old.ID)
+	after.Creating = cfg.Creating[:len(cfg.Creating)-1]
+	next := b.newClient(&after)
 	if err := next.awaitKey(ctx); err != nil {
-		if current.deleteAdminKey(ctx, key.ID) == nil {
-			err = errors.Join(err, framework.DeleteWAL(ctx, s, walID))
+		if current.deleteAdminKey(ctx, key.ID) == nil { // else seekCreating deletes it
+			cfg.Creating = after.Creating
+			err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
 		}
 		return nil, fmt.Errorf("proving the new admin API key: %w", err)
 	}
-	cfg.PendingDeletion = append(cfg.PendingDeletion, old.ID)
-	// Whether a failed write was stored is not known: the new key stays, for rollback to
-	// delete unless config turns out to hold it.
-	if err := putJSON(ctx, s, configPath, cfg); err != nil {
-		b.setClient(nil)
+	if err := putJSON(ctx, s, configPath, &after); err != nil {
+		b.setClient(nil) // whether it was stored is not known: seekCreating spares the key that config holds
 		return nil, err
 	}
-	previous := b.setClient(next)
-	if err := framework.DeleteWAL(ctx, s, walID); err != nil {
-		b.Logger().Warn("deleting write-ahead-log entry failed, rollback will", "error", err)
-	}
-
+	b.setClient(next)
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
-	if previous != nil && !previous.drained(ctx) {
-		b.Logger().Warn("calls still use the old admin API key, it will be deleted later", "admin_api_key_id", old.ID)
-		return cfg, nil
+	b.deletePending(ctx, s, &after, next)
+	return &after, nil
+}
+
+// makeAdminKey makes a new admin key. Its name is stored first, as the last one of Creating, since a create whose
+// answer is lost can only be found again by name.
+func (b *backend) makeAdminKey(ctx context.Context, s logical.Storage, cfg *config, c *client) (*adminKey, error) {
+	if len(cfg.Creating) >= maxCreating {
+		return nil, fmt.Errorf("no more than %d admin keys are looked for at once whose creation failed", maxCreating)
 	}
-	b.deletePending(ctx, s, cfg, next)
-	return cfg, nil
+	name := "vault-admin-" + strings.ToLower(rand.Text()[:20])
+	cfg.Creating = append(cfg.Creating, creatingKey{name, cfg.OrganizationID, time.Now()})
+	if err := putJSON(ctx, s, configPath, cfg); err != nil {
+		return nil, err
+	}
+	key, err := c.createAdminKey(ctx, name, cfg.AdminKeyTTL)
+	if err == nil {
+		return key, nil
+	}
+	if notDone(err) {
+		cfg.Creating = cfg.Creating[:len(cfg.Creating)-1]
+		err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
+	}
+	return nil, fmt.Errorf("creating admin API key: %w", err)
 }
 
 // awaitKey waits until OpenAI accepts the client's own key.
 func (c *client) awaitKey(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, proofTimeout)
 	defer cancel()
-	for wait := 100 * time.Millisecond; ; wait *= 2 {
+	for wait := 100 * time.Millisecond; ; wait = min(2*wait, maxProofWait) {
 		_, err := c.getAdminKey(ctx, c.config.AdminAPIKeyID)
 		if !isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound) {
 			return err
@@ -308,25 +313,8 @@ func (c *client) awaitKey(ctx context.Context) error {
 	}
 }
 
-// drained waits until nobody uses the client any more; false when that takes too long.
-func (c *client) drained(ctx context.Context) bool {
-	done := make(chan struct{})
-	go func() {
-		c.inflight.Wait()
-		close(done)
-	}()
-	ctx, cancel := context.WithTimeout(ctx, drainTimeout)
-	defer cancel()
-	select {
-	case <-done:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
-// deletePending deletes the replaced admin keys that OpenAI still has and takes them off
-// cfg's list. What fails stays on it for the next time. The caller holds configMu.
+// deletePending deletes the replaced admin keys that OpenAI still has and takes them off cfg's list. What fails stays
+// on it for the next time. The caller holds configMu.
 func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *config, c *client) {
 	var left []string
 	for _, id := range cfg.PendingDeletion {
@@ -334,7 +322,7 @@ func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *con
 			continue // an operator has put it to use again
 		}
 		if err := c.deleteAdminKey(ctx, id); err != nil {
-			b.Logger().Warn("deleting a replaced admin API key failed, will be tried again", "admin_api_key_id", id, "error", err)
+			b.Logger().Warn("deleting a replaced admin API key failed, will be tried again", "id", id, "error", err)
 			left = append(left, id)
 		}
 	}
@@ -347,44 +335,58 @@ func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *con
 	}
 }
 
-// pendingAdminKey is written before a rotation makes a key and deleted when config holds it.
-type pendingAdminKey struct {
-	Name string `json:"name"`
+// creatingNames returns the names of the keys in Creating.
+func (cfg *config) creatingNames() []string {
+	names := []string{}
+	for _, k := range cfg.Creating {
+		names = append(names, k.Name)
+	}
+	return names
 }
 
-// rollbackAdminKey deletes the admin key of a rotation that did not get as far as config.
-func (b *backend) rollbackAdminKey(ctx context.Context, s logical.Storage, p pendingAdminKey) error {
-	if !b.configMu.TryLock() {
-		return errors.New("config is being changed")
-	}
-	defer b.configMu.Unlock()
-	cfg, err := getConfig(ctx, s)
-	if err != nil {
-		return err
-	}
-	if cfg == nil {
-		return errNotConfigured
-	}
-	return b.useClient(ctx, s, func(c *client) error {
-		keys, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return k.Name == p.Name })
-		if err != nil {
-			return fmt.Errorf("looking for admin API key %q: %w", p.Name, err)
+// creatingDue returns the names of those that are to be looked for: of config's organization, and of no rotation that
+// may be under way on another node.
+func (cfg *config) creatingDue() (names []string) {
+	for _, k := range cfg.Creating {
+		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since) > creatingRest {
+			names = append(names, k.Name)
 		}
-		for _, k := range keys {
-			if k.ID == cfg.AdminAPIKeyID || slices.Contains(cfg.PendingDeletion, k.ID) {
+	}
+	return names
+}
+
+// seekCreating deletes the admin keys of these names, which a rotation began to make, unless config holds them, and
+// takes off cfg's list what was found. What is not found stays on it for lostTime, by OpenAI's clock, since
+// OpenAI may carry it out late. The caller holds configMu.
+func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client, names []string) error {
+	found := map[string]bool{}
+	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(names, k.Name) })
+	if err != nil {
+		return fmt.Errorf("looking for admin API keys that a rotation began to make: %w", err)
+	}
+	for _, k := range keys {
+		if k.ID != cfg.AdminAPIKeyID {
+			if deleteErr := c.deleteAdminKey(ctx, k.ID); deleteErr != nil {
+				err = errors.Join(err, fmt.Errorf("deleting admin API key %q: %w", k.ID, deleteErr))
+				now = time.Time{} // nothing is given up meanwhile
 				continue
 			}
-			if err := c.deleteAdminKey(ctx, k.ID); err != nil {
-				return fmt.Errorf("deleting admin API key %q: %w", k.ID, err)
-			}
-			b.Logger().Info("rolled back an admin API key that was never put to use", "admin_api_key_id", k.ID)
+			b.Logger().Info("deleted an admin API key that was never put to use", "admin_api_key_id", k.ID)
 		}
-		return nil
+		found[k.Name] = true
+	}
+	left := slices.DeleteFunc(slices.Clone(cfg.Creating), func(k creatingKey) bool {
+		return k.OrganizationID == cfg.OrganizationID && (found[k.Name] || k.Since.Add(lostTime).Before(now))
 	})
+	if len(left) < len(cfg.Creating) {
+		cfg.Creating = left
+		err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
+	}
+	return err
 }
 
-// rotatePeriodically is the part of periodic that is about the admin key: what is left of
-// earlier rotations, and a scheduled one that is due.
+// rotatePeriodically is the part of periodic that is about the admin key: what is left of earlier rotations, and a
+// scheduled one that is due.
 func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) {
 	if !b.configMu.TryLock() {
 		return
@@ -397,10 +399,15 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	if err != nil || cfg == nil {
 		return
 	}
+	tidyCtx, cancel := context.WithTimeout(ctx, tickTimeout/3) // leaves time for the rest
+	defer cancel()
 	if len(cfg.PendingDeletion) > 0 {
-		deleteCtx, cancel := context.WithTimeout(ctx, periodicTimeout/2) // leaves time for the rest
-		b.deletePending(deleteCtx, req.Storage, cfg, b.newClient(cfg))
-		cancel()
+		b.deletePending(tidyCtx, req.Storage, cfg, b.newClient(cfg))
+	}
+	if due := cfg.creatingDue(); len(due) > 0 {
+		if err := b.seekCreating(tidyCtx, req.Storage, cfg, b.newClient(cfg), due); err != nil {
+			b.Logger().Warn("will be tried again", "error", err)
+		}
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
 		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
@@ -424,8 +431,9 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	// A key with a short admin_key_ttl always ends soon: no harm while its successor is on time.
 	next = cfg.nextRotation(now)
 	onTime := !next.IsZero() && next.Before(cfg.AdminKeyExpires) && now.Sub(next) < time.Hour
-	if !cfg.AdminKeyExpires.IsZero() && cfg.AdminKeyExpires.Sub(now) < expiryWarning && !onTime && now.Sub(b.expiryWarned) > time.Hour {
+	end := cfg.AdminKeyExpires
+	if !end.IsZero() && end.Sub(now) < expiryWarning && !onTime && now.Sub(b.expiryWarned) > time.Hour {
 		b.expiryWarned = now
-		b.Logger().Warn("the admin API key expires soon: rotate or replace it", "expires_at", formatTime(cfg.AdminKeyExpires))
+		b.Logger().Warn("the admin API key expires soon: rotate or replace it", "expires_at", formatTime(end))
 	}
 }

@@ -124,6 +124,8 @@ func TestExamplePolicies(t *testing.T) {
 			{"GET", "openai/creds/app", 403, 200, 403},
 			{"GET", "openai/creds/other", 403, 403, 403},
 			{"GET", "openai/metrics", 200, 403, 200},
+			{"GET", "openai/tidy", 200, 403, 403},
+			{"PUT", "openai/tidy", 200, 403, 403},
 			{"GET", "sys/metrics", 403, 403, 200},
 			{"LIST", "sys/leases/lookup/openai/creds/app", 200, 403, 403},
 			{"PUT", "sys/leases/revoke-prefix/openai/creds/app", 204, 403, 403},

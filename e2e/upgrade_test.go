@@ -82,6 +82,11 @@ func TestUpgradeInPlace(t *testing.T) {
 			e.mustWork(leases[0], false)
 			e.mustWork(leases[1], true)
 
+			// Tidy knows nothing of the older plugin's accounts.
+			if answer := e.tidy(); answer["found"] != 0.0 || answer["failed"] != 0.0 || len(e.accounts()) != 3 {
+				t.Errorf("tidy: got %v, want none found and 3 accounts", answer)
+			}
+
 			// What was issued before lives through a rotation and a restart.
 			newID := e.json("write -force", e.mount+"/config/rotate")["data"].(map[string]any)["admin_api_key_id"]
 			if keys := sim.AdminKeys(); len(keys) != 1 || keys[0].ID != newID || newID == oldID {

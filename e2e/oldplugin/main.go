@@ -88,31 +88,13 @@ func factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 				if err != nil {
 					return logical.ErrorResponse("wait: %s", err), nil
 				}
-				if d.Get("log").(string) == "" {
-					time.Sleep(wait)
-				} else if err := logged(ctx, req.Storage, wait); err != nil {
-					return nil, err
-				}
+				time.Sleep(wait)
 				resp := secret.Response(map[string]any{"api_key": "none"}, nil)
 				resp.Secret.TTL = time.Hour
 				return resp, nil
-			}, "wait", "log"),
+			}, "wait"),
 	}
 	return b, b.Setup(ctx, conf)
-}
-
-// logged waits as an engine does that keeps a write-ahead log: it puts an entry before,
-// replaces it after, and deletes it later.
-func logged(ctx context.Context, s logical.Storage, wait time.Duration) error {
-	entry := map[string]string{"name": "vault-app-0123456789", "project_id": "proj_sim"}
-	id, err := framework.PutWAL(ctx, s, "credential", entry)
-	if err != nil {
-		return err
-	}
-	time.Sleep(wait)
-	time.AfterFunc(10*time.Second, func() { framework.DeleteWAL(context.Background(), s, id) })
-	_, err = put(ctx, s, framework.WALPrefix+id, framework.WALEntry{Kind: "credential", Data: entry})
-	return err
 }
 
 func put(ctx context.Context, s logical.Storage, key string, value any) (*logical.Response, error) {

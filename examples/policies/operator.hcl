@@ -21,6 +21,11 @@ path "openai/metrics" {
   capabilities = ["read"]
 }
 
+# Deleting what was left behind at OpenAI, and what the last pass did.
+path "openai/tidy" {
+  capabilities = ["read", "update"]
+}
+
 # Which leases there are, and ending all of a role's at once, after a leak for example:
 # vault lease revoke -prefix openai/creds/my-role
 path "sys/leases/lookup/openai/creds/*" {
