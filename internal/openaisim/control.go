@@ -26,13 +26,13 @@ import (
 // one in the queue that matches and does not let it pass.
 type Fault struct {
 	Method string `json:"method"` // empty: any
-	Path   string `json:"path"`   // regular expression, matched against the escaped path below /v1; empty: any
+	Path   string `json:"path"`   // regular expression, matched against the path as in Call; empty: any
 	Skip   int    `json:"skip"`   // so many matching calls pass first
 	Times  int    `json:"times"`  // so many calls are hit; 0: one; below 0: all, for ever
 
 	Status int         `json:"status"` // answered instead of processing the call; 0: 500
 	Header http.Header `json:"header"`
-	Body   string      `json:"body"` // empty: an error in OpenAI's form
+	Body   string      `json:"body"` // empty: an error in OpenAI's form, or in OAuth's at /oauth/token
 
 	Process bool `json:"process"` // the call is processed first, and its answer is lost
 
@@ -62,10 +62,10 @@ const RedirectHost = "redirect.invalid"
 // Call is an API call that reached the server, in the order of arrival.
 type Call struct {
 	Method    string    `json:"method"`
-	Path      string    `json:"path"`   // escaped, below /v1, without the query
+	Path      string    `json:"path"`   // escaped, below /v1, without the query; or /oauth/token
 	Host      string    `json:"host"`   // as the client named it
 	Status    int       `json:"status"` // 0: no answer, as after a connection fault, or not yet
-	KeyID     string    `json:"key_id"` // of the key that the call carried, even if it is dead; empty: unknown
+	KeyID     string    `json:"key_id"` // of the key or token that the call carried, even if it is dead; empty: unknown
 	RequestID string    `json:"request_id"`
 	Time      time.Time `json:"time"`      // of arrival
 	Processed bool      `json:"processed"` // the call was carried out with success, whatever was answered and when
@@ -178,7 +178,7 @@ func readRequest(r *http.Request) (*incoming, error) {
 	return in, err
 }
 
-// ServeHTTP serves the API below /v1 and the control API below /_sim.
+// ServeHTTP serves the API below /v1, /oauth/token and the control API below /_sim.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	in, err := readRequest(r)
 	if err != nil {
@@ -318,6 +318,9 @@ func (s *Server) carryOut(in *incoming, call *Call) *answer {
 		return jsonAnswer(200, v)
 	}
 	e := err.(*apiError) // admit and process have no others
+	if in.path == tokenPath {
+		e = e.inOAuthForm()
+	}
 	a := jsonAnswer(e.status, e.view())
 	for name, values := range e.header {
 		a.header[name] = values
@@ -348,6 +351,9 @@ func (f *Fault) answer(in *incoming) *answer {
 		e := &apiError{status: cmp.Or(f.Status, 500), message: "The simulator was told to fail."}
 		if e.status >= 500 {
 			e.typ = "server_error"
+		}
+		if in.path == tokenPath {
+			e = e.inOAuthForm()
 		}
 		a = jsonAnswer(e.status, e.view())
 		if f.Body != "" {
@@ -399,6 +405,7 @@ type settings struct {
 	Project, Account string
 	ID, Value        string // empty: made up
 	Name, Role       string
+	Scope            string
 }
 
 // control carries out a call of the control API, which takes and gives JSON:
@@ -415,12 +422,14 @@ type settings struct {
 //	POST   /_sim/date          {mode}; SetDate
 //	POST   /_sim/gonestatus    {status, typed}; SetGoneStatus
 //	POST   /_sim/adminaccess   {id, access}; SetAdminKeyAccess
+//	POST   /_sim/jwksdelay     {duration}; SetJWKSDelay
+//	POST   /_sim/tokenscope    {scope}; SetTokenScope
 //	POST   /_sim/archive       {id}; ArchiveProject
 //	POST   /_sim/projects      {id, name}; answers {id}
 //	POST   /_sim/accounts      {project, id, name, role}; answers {id}
 //	POST   /_sim/keys          {project, account, id, name, value}; answers {id, value}
 //	POST   /_sim/adminkeys     {id, name, value}; answers {id, value}
-//	GET    /_sim/state         what exists, without key values
+//	GET    /_sim/state         what exists, without the values of keys and tokens
 //	GET    /_sim/calls         Calls
 //	DELETE /_sim/calls
 //
@@ -462,6 +471,10 @@ func (s *Server) control(in *incoming) (any, error) {
 		s.SetMaxKeyLife(c.Seconds)
 	case "POST lax":
 		s.SetLax(c.On)
+	case "POST jwksdelay":
+		s.SetJWKSDelay(d)
+	case "POST tokenscope":
+		s.SetTokenScope(c.Scope)
 	case "GET calls":
 		return s.Calls(), nil
 	case "DELETE calls":
@@ -536,5 +549,7 @@ func (s *Server) state() any {
 	}
 	return map[string]any{
 		"organization_id": DefaultOrganization, "now": s.now(), "admin_keys": s.adminKeys(), "projects": projects,
+		"workload_identity_providers": s.providerList(), "federation_rules": s.ruleList(),
+		"access_tokens": s.tokenList(),
 	}
 }

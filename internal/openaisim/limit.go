@@ -22,9 +22,9 @@ type limiter struct {
 	since  time.Time // when tokens was right, or when the window began
 }
 
-// SetRateLimit sets a token bucket for the calls with a valid key. A call over it is
-// answered 429 with the time until the next token, in Retry-After and Retry-After-Ms.
-// perSecond 0: no limit.
+// SetRateLimit sets a token bucket for the calls with a valid key and those of the token
+// endpoint. A call over it is answered 429 with the time until the next token, in
+// Retry-After and Retry-After-Ms. perSecond 0: no limit.
 func (s *Server) SetRateLimit(perSecond float64, burst int) {
 	s.lock()
 	defer s.mu.Unlock()
@@ -36,7 +36,7 @@ func (s *Server) SetRateLimit(perSecond float64, burst int) {
 }
 
 // SetEndpointLimit limits the calls with a valid key to each endpoint, which is a method
-// and a path whose ids do not count. Each has a limiter of its own: a token bucket that
+// and a path whose ids do not count, and the calls of the token endpoint. Each has a limiter of its own: a token bucket that
 // holds burst (0: perMinute) and gains perMinute in a minute, or, with window, a window of
 // perMinute calls that lasts for a minute from its first call. A call over it is answered
 // 429 rate_limit_exceeded and does not count. With headers, that answer has Retry-After,

@@ -2,13 +2,14 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Package openaisim simulates the part of the OpenAI Admin API that deals with admin
-// keys, projects, service accounts and their keys, for tests and demonstrations. It
-// keeps state as OpenAI does, accepts only live keys, and refuses what OpenAI's
-// documents do not allow. It can also fail on demand: see Fault.
+// keys, projects, service accounts, their keys and workload identity federation, for
+// tests and demonstrations. It keeps state as OpenAI does, accepts only live keys, and
+// refuses what OpenAI's documents do not allow. It can also fail on demand: see Fault.
 //
 // A Server is used in process, through Transport, or over HTTP, as an http.Handler: the
-// API is below /v1, and below /_sim is a control API without authentication, for tests
-// in another process. It must listen on a loopback address only.
+// API is below /v1, the token endpoint of workload identity federation is /oauth/token,
+// and below /_sim is a control API without authentication, for tests in another process.
+// It must listen on a loopback address only.
 //
 // Where OpenAI's documents leave a question open, the simulator takes the stricter side:
 //   - a parameter that an endpoint does not list, in the query or in the body, is a 400;
@@ -16,10 +17,13 @@
 //   - a cursor is the id of an object that exists or has existed;
 //   - limit is 1 to 100, also for admin keys;
 //   - project keys are listed, unless asked otherwise, only when their owner has a role;
-//   - a refused key, also one of the wrong kind, is 401 invalid_api_key.
+//   - a refused key or token, also one of the wrong kind, is 401 invalid_api_key.
 //
-// Scopes are stored but do not narrow what a key can do at /v1/models. An admin key that
-// a restricted one makes is not restricted; see SetAdminKeyAccess.
+// /v1/models wants of an access token with scopes that one of them is api.model.read,
+// api.model.request or api.all.read, and is 403 insufficient_permissions without. Scopes
+// of keys are stored but do not narrow what a key can do there. An admin key that a
+// restricted one makes is not restricted; see SetAdminKeyAccess. The files federation.go,
+// jwt.go and token.go say what the simulator does about workload identity federation.
 //
 // Every answer of the API carries a Date from the simulator's clock; see SetDate.
 package openaisim
@@ -56,8 +60,13 @@ type Server struct {
 	first    *key          // see AdminKey
 	admins   []*key
 	projects []*project
-	values   map[string]*key // every key there ever was, by value
+	values   map[string]*key // every key and token there ever was, by value
 	order    map[string]int  // every id there ever was, and its place in the order of creation
+
+	providers  []*provider
+	tokens     []*key        // access tokens, dead ones too
+	jwksDelay  time.Duration // see SetJWKSDelay
+	tokenScope string        // see SetTokenScope
 
 	faults     []*Fault
 	calls      []*Call
@@ -101,11 +110,12 @@ type ProjectKey struct {
 	Expires          time.Time `json:"expires,omitzero"` // zero: never
 }
 
-// key is a project key, or an admin key when it has no account.
+// key is a project key, an access token, or an admin key when it has no account.
 type key struct {
 	ProjectKey
 	value   string
 	account *account
+	token   bool
 	access  string    // of an admin key, see SetAdminKeyAccess; empty: all
 	used    time.Time // zero: never
 	ready   time.Time // refused before
@@ -115,6 +125,7 @@ type key struct {
 type account struct {
 	ServiceAccount
 	created time.Time
+	deleted bool // also with its project's archiving
 }
 
 type project struct {
@@ -244,7 +255,7 @@ func (p *project) projectKeys() []ProjectKey {
 	return list
 }
 
-// Use tells whether /v1/models would accept this project key now.
+// Use tells whether /v1/models would accept this project key or access token now.
 func (s *Server) Use(key string) bool {
 	s.lock()
 	defer s.mu.Unlock()
@@ -283,11 +294,12 @@ func (s *Server) setAdminKeyAccess(id, access string) error {
 	return nil
 }
 
-// SetGoneStatus sets the status of the answer to a DELETE of a service account or a key
-// that does not exist, or not any more. With typed, the answer is an error in OpenAI's
-// form, but its code is null; otherwise it is JSON without an error object. A GET of the
-// same is answered with the usual 404 all the same, and so is a DELETE in a project that
-// does not exist. 0: the usual 404 for all. It panics when status is not 0 or an error.
+// SetGoneStatus sets the status of the answer to a DELETE of a service account, a key, a
+// provider or a rule that does not exist, or not any more. With typed, the answer is an
+// error in OpenAI's form, but its code is null; otherwise it is JSON without an error
+// object. A GET of the same is answered with the usual 404 all the same, and so is a
+// DELETE in a project or of a provider that does not exist. 0: the usual 404 for all. It
+// panics when status is not 0 or an error.
 func (s *Server) SetGoneStatus(status int, typed bool) {
 	s.lock()
 	defer s.mu.Unlock()
@@ -306,7 +318,8 @@ func (s *Server) setGoneStatus(status int, typed bool) error {
 
 // SetLax makes the server accept values that OpenAI's documents rule out but that the
 // generated tests of OpenAI's own libraries send: limit=0, a cursor and a scope that are
-// made up, and parameters that exclude each other.
+// made up, parameters that exclude each other, and attributes and discovery URLs that are
+// none.
 func (s *Server) SetLax(on bool) { s.locked(func() { s.lax = on }) }
 
 // must is for mistakes of the test code itself.
@@ -317,7 +330,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// object is what a list holds: admin keys, projects, accounts, project keys.
+// object is what a list holds: admin keys, projects, accounts, project keys, providers, rules.
 type object interface {
 	ident() string
 	view() map[string]any // as OpenAI shows it
@@ -376,7 +389,7 @@ func (s *Server) addAccount(p *project, id, name, role string) (*account, error)
 	if err != nil {
 		return nil, err
 	}
-	a := &account{ServiceAccount{id, name, role}, s.now()}
+	a := &account{ServiceAccount: ServiceAccount{id, name, role}, created: s.now()}
 	p.accounts = append(p.accounts, a)
 	return a, nil
 }
@@ -415,6 +428,9 @@ func (s *Server) addKey(p *project, a *account, id, name, value string, life tim
 func (s *Server) archive(p *project) {
 	p.archived = s.now()
 	p.deleteKeys(func(*key) bool { return true })
+	for _, a := range p.accounts {
+		a.deleted = true
+	}
 	p.accounts = nil
 }
 
@@ -427,6 +443,11 @@ func (p *project) deleteKeys(match func(*key) bool) {
 }
 
 func (k *key) expired(now time.Time) bool { return !k.Expires.IsZero() && !now.Before(k.Expires) }
+
+// dead tells whether a key or a token is deleted, with or without its account, or expired.
+func (k *key) dead(now time.Time) bool {
+	return k.deleted || k.account != nil && k.account.deleted || k.expired(now)
+}
 
 // redacted is the key in the form that OpenAI's documents show: sk-admin...def.
 func (k *key) redacted() string {
@@ -445,14 +466,18 @@ type apiError struct {
 	code    string // empty: null
 	message string
 	bare    bool        // answered without an error object
+	oauth   string      // the error in OAuth's form; empty: in OpenAI's
 	header  http.Header // sent with the answer
 }
 
 func (e *apiError) Error() string { return e.message }
 
 func (e *apiError) view() map[string]any {
-	if e.bare {
+	switch {
+	case e.bare:
 		return map[string]any{"detail": e.message}
+	case e.oauth != "":
+		return map[string]any{"error": e.oauth, "error_description": e.message}
 	}
 	return map[string]any{"error": map[string]any{
 		"message": e.message, "type": cmp.Or(e.typ, "invalid_request_error"), "param": orNull(e.param), "code": orNull(e.code),
@@ -472,14 +497,15 @@ func badRequest(param, code, format string, args ...any) error {
 	return &apiError{status: 400, param: param, code: code, message: fmt.Sprintf(format, args...)}
 }
 
-// authenticate returns the key of a call: an admin key, or a project key that has access.
+// authenticate returns the key of a call: an admin key, or a project key or access token
+// that may list models.
 func (s *Server) authenticate(h http.Header, admin bool) (*key, error) {
 	scheme, value, _ := strings.Cut(h.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") || value == "" {
 		return nil, &apiError{status: 401, message: "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."}
 	}
 	k, now := s.values[value], s.now()
-	if k == nil || k.deleted || k.expired(now) || now.Before(k.ready) || (k.account == nil) != admin {
+	if k == nil || k.dead(now) || now.Before(k.ready) || (k.account == nil) != admin {
 		return nil, &apiError{status: 401, code: "invalid_api_key",
 			message: "Incorrect API key provided: sk-***. You can find your API key at https://platform.openai.com/account/api-keys."}
 	}
@@ -488,6 +514,9 @@ func (s *Server) authenticate(h http.Header, admin bool) (*key, error) {
 	}
 	if !admin && k.account.access() != "active" {
 		return nil, &apiError{status: 403, code: "insufficient_permissions", message: "You have insufficient permissions for this operation."}
+	}
+	if k.token {
+		return k, k.permitModels()
 	}
 	return k, nil
 }
@@ -507,18 +536,29 @@ type request struct {
 	query, body map[string]any
 	project     *project // {project} of the path; likewise the next two
 	account     *account
-	key         *key   // an admin key, or a key of the project
-	object      object // the last of these
+	key         *key      // an admin key, or a key of the project
+	provider    *provider // {provider}
+	rule        *rule     // {rule} of that provider
+	object      object    // the last of these
 }
 
-// route is an endpoint. In its path are {project}, {account} and {key}. Query and body
-// list what it takes as name:kind, where kind is string, scopes (a list), bool, a range
-// as 1..100 or choices as asc|desc, with ! behind it when the parameter is required and
-// ? when it may be null.
+// route is an endpoint. In its path are {project}, {account}, {key}, {provider} and
+// {rule}. Query and body list what it takes as name:kind, where kind is string, scopes (a
+// list), bool, a range as 1..100, choices as asc|desc or one of those that parseKind knows.
+// Behind it stands ! when the parameter is required, ? when it may be null, which is the
+// same as nothing, and ~ when it may be null, which is a value.
 type route struct {
 	method, path string
 	query, body  string
 	handle       func(*Server, *request) (any, error)
+}
+
+// root is the path, as match compares it.
+func (rt *route) root() string {
+	if rt.path == tokenPath {
+		return rt.path
+	}
+	return "/v1/" + rt.path
 }
 
 const (
@@ -536,7 +576,7 @@ const (
 
 // routes is the API: https://platform.openai.com/docs/api-reference/administration, and
 // the list of models to try a project key with.
-var routes = []route{
+var routes = append([]route{
 	{"GET", "models", "", "", (*Server).listModels},
 
 	{"GET", adminKeys, paging + " order:asc|desc", "", (*Server).listAdminKeys},
@@ -561,11 +601,11 @@ var routes = []route{
 	{"GET", keys + "/{key}", "", "", (*Server).show},
 	{"POST", keys + "/{key}", "", "scopes:scopes " + lifetime, (*Server).updateKey},
 	{"DELETE", keys + "/{key}", "", "", (*Server).deleteKey},
-}
+}, federationRoutes...)
 
 // match returns what stands for {project} and the others in path, which is escaped.
 func (rt *route) match(method, path string) (map[string]string, bool) {
-	want, got := strings.Split("/v1/"+rt.path, "/"), strings.Split(path, "/")
+	want, got := strings.Split(rt.root(), "/"), strings.Split(path, "/")
 	if method != rt.method || len(want) != len(got) {
 		return nil, false
 	}
@@ -594,6 +634,9 @@ func (s *Server) admit(in *incoming) (*route, map[string]string, error) {
 		ids, ok := rt.match(in.method, in.path)
 		if !ok {
 			continue
+		}
+		if rt.path == tokenPath {
+			return rt, ids, s.admitExchange(in, rt)
 		}
 		caller, err := s.authenticate(in.header, rt.path != "models")
 		if err != nil {
@@ -648,10 +691,10 @@ func (s *Server) resolve(r *request, rt *route, ids map[string]string) (err erro
 		}
 		r.object = r.key
 	}
-	return nil
+	return s.resolveFederation(r, rt, ids)
 }
 
-// gone is the error for an account or a key that err does not find; see SetGoneStatus.
+// gone is the error for an object that err does not find; see SetGoneStatus.
 func (s *Server) gone(rt *route, err error) error {
 	if s.goneStatus == 0 || rt.method != http.MethodDelete {
 		return err
@@ -700,7 +743,8 @@ func kindOf(spec, name string) string {
 }
 
 // parse checks parameters against spec, whose form route describes. The values are of
-// the types string, []string, bool and int; null is the same as nothing.
+// the types string, []string, bool, int and those of parseKind; null is the same as
+// nothing, or it is nil.
 func (s *Server) parse(given map[string]json.RawMessage, spec string) (map[string]any, error) {
 	for field := range strings.FieldsSeq(spec) {
 		name, _, _ := strings.Cut(field, ":")
@@ -717,7 +761,11 @@ func (s *Server) parse(given map[string]json.RawMessage, spec string) (map[strin
 		if string(raw) == "null" && strings.HasSuffix(kind, "?") {
 			continue
 		}
-		v, err := s.parseValue(name, strings.TrimRight(kind, "!?"), raw)
+		if string(raw) == "null" && strings.HasSuffix(strings.TrimSuffix(kind, "!"), "~") {
+			values[name] = nil
+			continue
+		}
+		v, err := s.parseKind(name, strings.TrimRight(kind, "!?~"), raw)
 		if err != nil {
 			return nil, err
 		}
@@ -773,7 +821,7 @@ func (s *Server) parseValue(name, kind string, raw json.RawMessage) (any, error)
 	if *text == "" {
 		return nil, badRequest(name, "empty_string", "Invalid '%s': empty string. Expected a string with minimum length 1.", name)
 	}
-	if choices := strings.Split(kind, "|"); len(choices) > 1 && !slices.Contains(choices, *text) {
+	if choices := strings.Split(kind, "|"); kind != "string" && !slices.Contains(choices, *text) {
 		return nil, badRequest(name, "invalid_value", "Invalid value: '%s'. Supported values are: '%s'.", *text, strings.Join(choices, "', '"))
 	}
 	return *text, nil
@@ -981,6 +1029,7 @@ func (s *Server) updateAccount(r *request) (any, error) {
 
 func (s *Server) deleteAccount(r *request) (any, error) {
 	r.project.deleteKeys(func(k *key) bool { return k.account == r.account })
+	r.account.deleted = true
 	r.project.accounts = slices.DeleteFunc(r.project.accounts, func(a *account) bool { return a == r.account })
 	return deleted(r.account)
 }

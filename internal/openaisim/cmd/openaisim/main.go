@@ -38,7 +38,7 @@ func main() {
 	key, keyID := sim.AdminKey()
 	base := "http://" + listener.Addr().String()
 	json.NewEncoder(os.Stdout).Encode(map[string]string{
-		"url": base + "/v1", "control_url": base + "/_sim",
+		"url": base + "/v1", "control_url": base + "/_sim", "token_url": base + "/oauth/token",
 		"admin_api_key": key, "admin_api_key_id": keyID,
 		"organization_id": openaisim.DefaultOrganization, "project_id": openaisim.DefaultProject,
 	})
