@@ -69,6 +69,13 @@ type config struct {
 	Creating []creatingKey `json:"creating,omitempty"`
 	// PendingDeletion are the ids of replaced admin keys that OpenAI still has.
 	PendingDeletion []string `json:"pending_deletion,omitempty"`
+	// Rotated tells that a rotation of this mount made the key.
+	Rotated bool `json:"rotated,omitempty"`
+	// CACertificate, ClientCertificate and ClientKey are PEM for TLS with OpenAI; empty: the system's authorities
+	// alone, and no certificate of our own.
+	CACertificate     string `json:"ca_certificate,omitempty"`
+	ClientCertificate string `json:"client_certificate,omitempty"`
+	ClientKey         string `json:"client_key,omitempty"`
 	// AdminKeyTTL is the life of the keys that rotation makes; 0: without end.
 	AdminKeyTTL time.Duration `json:"admin_key_ttl,omitempty"`
 	// AdminKeyExpires is when OpenAI expires the present key; zero: never, or not known.
@@ -299,8 +306,9 @@ type backend struct {
 	// enterprise tells whether Vault keeps observations and events. The community edition drops them.
 	enterprise func() bool
 
-	mu     sync.RWMutex
-	client *client // of the stored config; nil until it is needed. Guarded by mu.
+	mu       sync.RWMutex
+	client   *client      // of the stored config; nil until it is needed. Guarded by mu.
+	refusals atomic.Int32 // revocations in a row that were answered 401
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from reading config to writing it.
 	// It guards what rotate.go keeps in memory about that:
@@ -374,6 +382,7 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	maps.DeleteFunc(req.Data, func(_ string, v any) bool { return v == nil }) // null is the same as not named
 	resp, err := b.Backend.HandleRequest(ctx, req)
 	if err != nil || !resp.IsError() {
 		return resp, err
@@ -562,6 +571,13 @@ func (m *metrics) add(name string, n float64, labels ...string) {
 	m.series[key] += n
 }
 
+// set sets a gauge.
+func (m *metrics) set(name string, value float64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.series[name] = value
+}
+
 // observe counts a request to OpenAI that took d.
 func (m *metrics) observe(operation string, d time.Duration) {
 	const name = "api_request_duration_seconds"
@@ -588,9 +604,6 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error)
 	all["cleanups_pending"] = float64(len(cleanups))
 	all["lost_creates"] = float64(len(b.lostSince(lostTime)))
 	times := map[string]time.Time{}
-	if last := b.lastPass.Load(); last != nil {
-		times["tidy_last_pass"] = last.finished
-	}
 	cfg, err := getConfig(ctx, s)
 	if err != nil {
 		return nil, err

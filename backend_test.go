@@ -7,17 +7,26 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"maps"
 	"math"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
+	"net/url"
 	"os"
 	"path"
 	"regexp"
@@ -548,7 +557,7 @@ func checkFields(t *testing.T, where string, fields fieldMap) {
 	t.Helper()
 	for name, field := range fields {
 		marked := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive
-		if field.Description == "" || marked != (name == "admin_api_key" || name == "api_key") {
+		if field.Description == "" || marked != slices.Contains([]string{"admin_api_key", "client_key", "api_key"}, name) {
 			t.Errorf("%s, field %s: described as %q, marked as a secret: %v", where, name, field.Description, marked)
 		}
 	}
@@ -588,7 +597,8 @@ func TestPathTable(t *testing.T) {
 	checkFields(t, secretType, b.Secrets[0].Fields)
 	slices.Sort(got)
 	same(t, "operations", strings.Join(got, ", "), "config create, config delete, config read, config update, "+
-		"config/rotate update, creds/NAME read, metrics read, roles/?$ list, roles/NAME create, roles/NAME delete, "+
+		"config/rotate update, creds/NAME read, creds/NAME update, metrics read, roles/?$ list, roles/NAME create, "+
+		"roles/NAME delete, "+
 		"roles/NAME read, roles/NAME update, tidy read, tidy update")
 }
 
@@ -689,7 +699,7 @@ var badEndpoints = []any{
 	"api.openai.com", "api.openai.com/v1", "/v1", "https://", "https:///v1", "https:api.openai.com", "://x", "%",
 	"https://exa mple/v1", "https://api.openai.com:0", "https://api.openai.com:65536/v1", "https://api.openai.com:-1",
 	"https://api.openai.com:x", "https://api.openai.com:/v1", "https://api.openai.com:443:443/v1", "https://::1/v1",
-	"https://[::1/v1", "https://api.openai.com/v1\n", "https://user:sk-password@api.openai.com/v1", "https://u@h/v1",
+	"https://[::1/v1", "https://user:sk-password@api.openai.com/v1", "https://u@h/v1",
 	"https://@api.openai.com/v1", "https://api.openai.com/v1?key=sk-secret", "https://h/v1?", "https://h/v1#part",
 	"https://h/v1#", "http://api.openai.com/v1", "http://10.0.0.1/v1", "http://localhost.example.com/v1", "http://0.0.0.0",
 	"http://127.0.0.1.example.com/v1", "ftp://api.openai.com", "file:///etc/passwd", "unix:///run/x.sock", aMap,
@@ -753,7 +763,7 @@ func TestConfig(t *testing.T) {
 			"admin_key_ttl": 0, "admin_key_expires_at": "", "last_rotated": "2000-01-01T00:00:00Z", "next_rotation": "",
 			"rotation_manager": "none", "pending_deletion": []string{}, "creating": []string{}, "mount_id": e.b().mountID,
 			"rotation_schedule": "", "rotation_window": 0, "rotation_period": 0, "disable_automated_rotation": false,
-			"rotation_policy": "",
+			"rotation_policy": "", "ca_certificate": "", "client_certificate": "",
 		}
 		same(t, "config", e.get("config").Data, want)
 		time.Sleep(time.Hour)
@@ -1089,7 +1099,7 @@ func TestRole(t *testing.T) {
 		{fields{"ttl": 7200, "max_ttl": 7200}, nil}, {fields{"enforce_key_expiry": false}, nil},
 		{fields{"service_account_description": "for tests", "enforce_key_expiry": "true"}, nil},
 		{fields{"scopes": []string{"api.b.read", "api.a.read", "api.b.read"}, "service_account_role": "owner"},
-			fields{"scopes": "[api.a.read api.b.read]"}},
+			fields{"scopes": "[api.b.read api.a.read]"}},
 		{fields{"service_account_role": "", "service_account_id": account}, nil},
 		{fields{"scopes": ""}, fields{"scopes": "[]"}}, {fields{"service_account_id": ""}, nil},
 	} {
@@ -1440,7 +1450,7 @@ func TestCreds(t *testing.T) {
 		owner   = `POST ACCOUNTS/ACCOUNT {"role":"owner"}` + "\n"
 		key     = `POST ACCOUNTS/ACCOUNT/api_keys {LIFE"name":"NAME"`
 		one     = `,"scopes":["api.a.read"]}`
-		two     = `,"scopes":["api.a.read","api.b.c"]}`
+		two     = `,"scopes":["api.b.c","api.a.read"]}`
 		account = "DELETE ACCOUNTS/ACCOUNT"
 		only    = "DELETE KEYS/KEY"
 	)
@@ -2031,7 +2041,8 @@ func TestCredsRevokeGone(t *testing.T) {
 }
 
 // TestCredsRevokeHandedOver: a revocation that keeps failing, in whatever way, is remembered, and after its fifth
-// failure it is the plugin's alone, which tries until OpenAI confirms. Failures of the plugin's own tries do not count.
+// failure it is the plugin's alone, which tries until OpenAI confirms; at a rate limit after its first. Failures of the
+// plugin's own tries do not count.
 func TestCredsRevokeHandedOver(t *testing.T) {
 	for _, kind := range []string{"plain", "existing account"} {
 		eachInBubble(t, map[string]openaisim.Fault{
@@ -2046,13 +2057,17 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 			for attempt := 1; attempt <= maxRevokeFailures+1; attempt++ {
 				start := time.Now()
 				err := e.leaseRequest(logical.RevokeOperation, start, secret.InternalData)
-				if took := time.Since(start); (err == nil) != (attempt >= maxRevokeFailures) || took > 70*time.Second {
-					t.Errorf("attempt %d: got %v after %s, want an error up to the fourth, in 70s", attempt, err, took)
+				from := maxRevokeFailures
+				if fault.Status == http.StatusTooManyRequests {
+					from = 1
+				}
+				if took := time.Since(start); (err == nil) != (attempt >= from) || took > 70*time.Second {
+					t.Errorf("attempt %d: got %v after %s, want an error before %d, in 70s", attempt, err, took, from)
 				}
 				var entry cleanup
 				_ = json.Unmarshal([]byte(e.Storage.All()[cleanupPrefix+l.id()]), &entry)
 				taken := e.get("metrics").Data[metricPrefix+"revocations_handed_over_total"]
-				lines, over := e.Log.Count("error", l.id()), max(0, attempt-maxRevokeFailures+1)
+				lines, over := e.Log.Count("error", l.id()), max(0, attempt-from+1)
 				if entry.Failures != attempt || lines != over || taken != float64(over) {
 					t.Errorf("attempt %d: the entry has %d failures, the log %d errors, the metric %v, want %d there",
 						attempt, entry.Failures, lines, taken, over)
@@ -3267,18 +3282,22 @@ func TestClientWaits(t *testing.T) {
 				e.fails("creds", err, text)
 				e.equal("answer and lost creates", fmt.Sprint(resp, e.metric("lost_creates")), "<nil> 0")
 			}
+			slots := e.b().throttle.slots
+			for range maxCalls {
+				slots <- struct{}{}
+			}
+			fails("waiting for other calls to OpenAI")
+			for range maxCalls {
+				<-slots
+			}
 			e.sim.Inject(openaisim.Fault{Method: "POST", Status: 429, Header: http.Header{"Retry-After": {after}}, Times: -1})
-			fails("429")
+			fails(map[string]string{"": "waiting for OpenAI's rate limit"}[after])
 			if got := e.countCalls("POST", "service_accounts"); got > 10 {
 				t.Errorf("calls in 5.3s: got %d, want at most 10", got)
 			}
 			if after == "30" {
 				fails("waiting for OpenAI's rate limit")
 			}
-			for range maxCalls {
-				e.b().throttle.slots <- struct{}{}
-			}
-			fails("waiting for other calls to OpenAI")
 		})
 	}
 }
@@ -4153,6 +4172,571 @@ func BenchmarkMetricsAdd(b *testing.B) {
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
 			m.add("credential_operations_total", 1, "role", "web", "operation", "issue", "result", "success")
+		}
+	})
+}
+
+// body is the data of a request.
+type body = map[string]any
+
+// with returns a copy of data with another value of a field; without one, the copy lacks it.
+func with(data body, field string, value ...any) body {
+	c := maps.Clone(data)
+	delete(c, field)
+	for _, v := range value {
+		c[field] = v
+	}
+	return c
+}
+
+// credentials returns the fields by which config knows the simulator's first admin key.
+func (e *env) credentials() body {
+	key, id := e.sim.AdminKey()
+	return body{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
+}
+
+// outcome makes a request on the state of a snapshot and tells all that comes of it: answer, calls to OpenAI, storage.
+func (e *env) outcome(s *vaultsim.Snapshot, op logical.Operation, path string, data body) string {
+	e.Restore(s)
+	e.wire.sent()
+	resp, err := e.Do(op, path, data)
+	text := fmt.Sprintf("error %v, %d calls", failure(resp, err), len(e.wire.sent()))
+	if resp != nil && resp.Secret != nil {
+		return text + " ttl " + resp.Secret.TTL.String()
+	} else if resp != nil {
+		text += fmt.Sprint(resp.Data)
+	}
+	for _, key := range []string{"config", "roles/new"} {
+		if entry, err := e.Storage.Get(context.Background(), key); err == nil && entry != nil {
+			text += "\n" + string(entry.Value)
+		}
+	}
+	return text
+}
+
+// TestRealFields: on each path, for each field of the path table, null is the same as a request without the field, on a
+// new entry and on one whose values are not the defaults. White space at the ends of keys, ids and the like is dropped,
+// and refused within.
+func TestRealFields(t *testing.T) {
+	certificate, key := newCertificate(t)
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
+		whole, other := e.credentials(), e.credentials()
+		maps.Copy(whole, body{"api_endpoint": "https://eu.api.openai.com/v1", "rotation_schedule": "0 0 * * *",
+			"rotation_window": "2h", "admin_key_ttl": "72h",
+			"ca_certificate": certificate, "client_certificate": certificate, "client_key": key})
+		maps.Copy(other, body{"rotation_policy": "p", "rotation_period": "24h", "disable_automated_rotation": true,
+			"verify_connection": false})
+		trimmed := regexp.MustCompile(`^(admin_api_key|.*_ids?|api_endpoint|service_account_role)$`)
+		seen := map[string]bool{"rolesname": true, "credsname": true} // they are in the path
+		for _, tt := range []struct {
+			op   logical.Operation
+			path string
+			data body
+		}{
+			{"update", "config", whole}, {"update", "config", other},
+			{"update", "roles/new", body{"project_id": openaisim.DefaultProject, "ttl": "2h", "max_ttl": "3h",
+				"service_account_name_template": "x", "service_account_description": "y", "enforce_key_expiry": false,
+				"scopes": "api.a.read", "service_account_role": "owner"}},
+			{"update", "roles/new", body{"project_id": openaisim.DefaultProject, "service_account_id": account}},
+			{"read", "creds/web", body{"ttl": "15m"}}, {"update", "creds/web", body{"ttl": "15m"}},
+			{"update", "tidy", body{"dry_run": true, "mount_id": "aaaaaa", "project_ids": openaisim.DefaultProject}},
+			{"read", "metrics", body{"format": "prometheus"}},
+		} {
+			_ = e.Storage.Delete(context.Background(), tt.path) // config or the role; nothing else is stored by its path
+			fresh := e.Snapshot()
+			e.op(tt.op, tt.path, tt.data)
+			stored := e.Snapshot()
+			head, _, _ := strings.Cut(tt.path, "/")
+			for field, value := range tt.data {
+				seen[head+field] = true
+				same := func(what string, s *vaultsim.Snapshot, data, as body) {
+					t.Helper()
+					if got, want := e.outcome(s, tt.op, tt.path, data), e.outcome(s, tt.op, tt.path, as); got != want {
+						t.Errorf("%s with %s %s: got %s, want %s", tt.path, field, what, got, want)
+					}
+				}
+				same("null, new", fresh, with(tt.data, field, nil), with(tt.data, field))
+				same("null, stored", stored, body{field: nil}, body{})
+				if !trimmed.MatchString(field) {
+					continue
+				}
+				v := value.(string)
+				for _, spaced := range []string{v + "\n", v + "\r\n", " \t" + v + " "} {
+					same("in white space", fresh, with(tt.data, field, spaced), tt.data)
+				}
+				e.refused(tt.path, with(tt.data, field, v[:4]+" "+v[4:]), field)
+				e.refused(tt.path, with(tt.data, field, v[:4]+"\n"+v[4:]), field)
+			}
+			e.Restore(fresh)
+			e.configure(nil)
+		}
+		for _, p := range e.b().Paths {
+			for field := range p.Fields {
+				if head, _, _ := strings.Cut(strings.Trim(p.Pattern, "^$"), "/"); !seen[head+field] {
+					t.Errorf("field %s of %s is not tried", field, p.Pattern)
+				}
+			}
+		}
+	})
+}
+
+// TestRealWrite: creds takes its parameters by PUT and POST as by a read.
+func TestRealWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		for ttl, want := range map[any]time.Duration{"15m": 900e9, 900: 900e9, "900": 900e9, nil: time.Hour} {
+			resp := e.op(logical.UpdateOperation, "creds/web", body{"ttl": ttl})
+			keys := e.sim.ProjectKeys(openaisim.DefaultProject)
+			life := time.Until(keys[len(keys)-1].Expires) - keyGrace
+			if resp.Secret == nil || resp.Secret.TTL != want || life != want {
+				t.Errorf("ttl %v: got %+v and a key for %s, want %s", ttl, resp.Secret, life, want)
+			}
+		}
+		e.refused("creds/web", body{"ttl": "25h"}, "max_ttl")
+	})
+}
+
+// TestRealScopes: scopes are kept in the order in which they are written, each once, up to OpenAI.
+func TestRealScopes(t *testing.T) {
+	e := newConfiguredEnv(t)
+	written := []string{"api.responses.write", "api.model.request", "api.responses.write", "api.a.read"}
+	want := strings.Repeat(" [api.responses.write api.model.request api.a.read]", 3)[1:]
+	for _, scopes := range []any{written, strings.Join(written, ",")} {
+		e.ok("roles/web", body{"scopes": scopes})
+		l := e.lease("web")
+		key := e.sim.ProjectKeys(openaisim.DefaultProject)[0]
+		e.revoke(l)
+		if got := fmt.Sprint(e.get("roles/web").Data["scopes"], l.Data["scopes"], key.Scopes); got != want {
+			t.Errorf("role, creds and OpenAI: got %s, want %s", got, want)
+		}
+	}
+}
+
+// leftovers tells how many revocations and how many replaced admin keys are pending.
+func (e *env) leftovers() string {
+	e.idle()
+	return fmt.Sprint(len(e.Storage.Keys("cleanup/")), len(e.config().PendingDeletion))
+}
+
+// replacedKey leaves a replaced admin key for later. processed: it is gone at OpenAI.
+func (e *env) replacedKey(processed bool) {
+	e.sim.Inject(openaisim.Fault{Method: "DELETE", Path: "admin_api_keys", Process: processed, Kind: "close", Times: -1})
+	e.op(logical.UpdateOperation, "config/rotate", nil)
+	e.sim.ClearFaults()
+}
+
+// TestRealGone: what is gone at OpenAI is revoked, in whatever words OpenAI refuses to delete it once more; likewise a
+// replaced admin key.
+func TestRealGone(t *testing.T) {
+	for i, status := range []int{400, 404, 410, 422, 400, 404, 410, 422} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.ok("roles/key", body{"project_id": openaisim.DefaultProject,
+				"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")})
+			e.sim.SetGoneStatus(status, i < 4)
+			for _, role := range []string{"web", "key"} {
+				l := e.lease(role)
+				e.DropNext()
+				_ = e.Revoke(l) // Vault does not get the answer
+				e.revoke(l)
+			}
+			e.replacedKey(true)
+			e.Run(2 * time.Minute)
+			if got := e.leftovers(); got != "0 0" {
+				t.Errorf("%d, typed %v: got %s left, want 0 0", status, i < 4, got)
+			}
+		})
+	}
+}
+
+// TestRealNotGone: a refusal to delete what OpenAI still has leaves it pending, and tidy lists it; likewise the answers
+// of a server that is not OpenAI's API and says the same to everything.
+func TestRealNotGone(t *testing.T) {
+	for _, status := range []int{400, 404, 405, 410} {
+		for _, text := range []string{"<html>", `{"detail":"Not Found"}`, `{"error":{"message":"Not found."}}`,
+			`{"error":{"message":"Invalid URL (DELETE /v2)","type":"invalid_request_error","code":null}}`} {
+			for _, method := range []string{"DELETE", ""} { // refused
+				inBubble(t, func(t *testing.T, e *env) {
+					l := e.lease("web")
+					e.replacedKey(false)
+					e.sim.Inject(openaisim.Fault{Method: method, Status: status, Body: text, Times: -1})
+					err := e.Revoke(l)
+					e.Run(3 * time.Minute)
+					got := fmt.Sprint(e.leftovers(), e.op(logical.UpdateOperation, "tidy", nil).Data["pending"])
+					if want := fmt.Sprintf("1 1[%s]", l.Data["service_account_id"]); err == nil || got != want {
+						t.Errorf("%s %d %s: got error %v and %s left, want %s", method, status, text, err, got, want)
+					}
+					e.sim.ClearFaults()
+					e.Run(2 * time.Minute)
+					e.have(0, 0, "when OpenAI deletes again")
+				})
+			}
+		}
+	}
+}
+
+// newCertificate returns a certificate that signs itself, and its key, in PEM.
+func newCertificate(t *testing.T) (certificate, key string) {
+	t.Helper()
+	private, _ := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().AddDate(100, 0, 0), IsCA: true,
+		BasicConstraintsValid: true, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	der, err := x509.CreateCertificate(crand.Reader, template, template, &private.PublicKey, private)
+	raw, keyErr := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil || keyErr != nil {
+		t.Fatal(err, keyErr)
+	}
+	return toPEM("CERTIFICATE", der), toPEM("PRIVATE KEY", raw)
+}
+
+func toPEM(kind string, der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+}
+
+// serveTLS serves the API over TLS and returns its address and private authority. It demands the certificate client.
+func serveTLS(t *testing.T, handler http.Handler, client string) (address, ca string) {
+	t.Helper()
+	server := httptest.NewUnstartedServer(handler)
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.EnableHTTP2 = true
+	if client != "" {
+		server.TLS = &tls.Config{ClientCAs: x509.NewCertPool(), ClientAuth: tls.RequireAndVerifyClientCert}
+		server.TLS.ClientCAs.AppendCertsFromPEM([]byte(client))
+	}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return server.URL + "/v1", toPEM("CERTIFICATE", server.Certificate().Raw)
+}
+
+// overNetwork makes a mount's calls go over the network, through a proxy unless that is nil. A role "web" is there.
+func (e *env) overNetwork(proxy *url.URL) {
+	transport := newTransport()
+	transport.Proxy = http.ProxyURL(proxy)
+	e.b().transport = transport
+	e.put("roles/web", `{"project_id":"proj_sim"}`)
+}
+
+// TestRealNothingSent: a call that did not get through the proxy or the TLS handshake was not sent: it is made again
+// like one whose connection is refused, nothing is looked for, and the error says what to look at. One that was cut off
+// is not made again, but looked for.
+func TestRealNothingSent(t *testing.T) {
+	stranger, _ := newCertificate(t)
+	for want, answer := range map[string]int{ // of a proxy; -1: it is dead; 0: there is none
+		"proxyconnect": -1, "proxy answered 407": 407, "proxy answered 403": 403, "unknown authority": 0, "no answer": 0,
+	} {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			e := newEnv(t)
+			via := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(answer) }))
+			defer via.Close()
+			proxy, _ := url.Parse(via.URL)
+			if answer == 0 {
+				proxy = nil
+			} else if answer < 0 {
+				via.Close()
+			}
+			e.overNetwork(proxy)
+			address, ca := serveTLS(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+				panic(http.ErrAbortHandler)
+			}), "")
+			ca = map[bool]string{true: stranger, false: ca}[want == "unknown authority"]
+			e.configure(body{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
+			_, err := e.Issue("creds/web", nil)
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got error %v, want %q in it", err, want)
+			}
+			count := fmt.Sprint(maxAttempts, " attempts, 0 lost")
+			if want == "no answer" { // it was cut off
+				count = "1 attempts, 1 lost"
+			}
+			name := seriesName("api_requests_total", "operation", "create_service_account", "status", "error")
+			if got := fmt.Sprint(e.b().metrics.series[name], " attempts, ", len(e.b().lost), " lost"); got != count {
+				t.Errorf("got %s, want %s", got, count)
+			}
+		})
+	}
+	// A TLS 1.3 server refuses our certificate when the call is on its way.
+	c := &client{config: config{AdminAPIKey: "sk-admin-x"}}
+	for text, sent := range map[string]bool{"connection reset": true, "remote error: tls: internal error": true,
+		"x: remote error: tls: bad certificate": false, "http2: client conn could not be established": false} {
+		err := c.noAnswer(errors.New(text), true)
+		if notDone(err) == sent || strings.Contains(err.Error(), "client_certificate") == sent {
+			t.Errorf("%s: got error %v, taken as not done: %v", text, err, notDone(err))
+		}
+	}
+}
+
+// tally returns how many calls of a method met service accounts, and how many of these a rate limit refused.
+func (e *env) tally(method string) (calls, limited int) {
+	for _, c := range e.sim.Calls() {
+		if c.Method == method && strings.Contains(c.Path, "service_accounts") {
+			if calls++; c.Status == http.StatusTooManyRequests {
+				limited++
+			}
+		}
+	}
+	return calls, limited
+}
+
+// together reads n credentials, 1 ms apart, and returns the leases in the order in which they were served, the numbers
+// of their reads in that order, and the errors.
+func (e *env) together(n int) (leases []*vaultsim.Lease, order []int, errs []error) {
+	var work sync.WaitGroup
+	var mu sync.Mutex
+	for i := range n {
+		work.Go(func() {
+			time.Sleep(time.Duration(i) * time.Millisecond)
+			l, err := e.Issue("creds/web", nil)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil {
+				errs = append(errs, err)
+			} else {
+				leases, order = append(leases, l), append(order, i)
+			}
+		})
+	}
+	work.Wait()
+	return leases, order, errs
+}
+
+// revokeAll revokes all leases at once.
+func (e *env) revokeAll() {
+	var work sync.WaitGroup
+	for _, l := range e.Leases() {
+		work.Go(func() { _ = e.Revoke(l) })
+	}
+	work.Wait()
+}
+
+// eachLimit runs test on a mount whose OpenAI takes 300 ms for an answer and, after limit, allows 8 calls a minute for
+// an endpoint, without saying when to come again: with a bucket and with a window.
+func eachLimit(t *testing.T, test func(t *testing.T, e *env, limit func())) {
+	for _, window := range []bool{false, true} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.sim.SetLatency(300 * time.Millisecond)
+			test(t, e, func() {
+				t.Logf("window %v", window)
+				e.sim.SetEndpointLimit(8, 8, window, false)
+				e.sim.ResetCalls()
+			})
+		})
+	}
+}
+
+// TestLaneReads: on a slow endpoint 14 reads at once are served in their order and within their time, other endpoints
+// meanwhile; all are revoked within three minutes.
+func TestLaneReads(t *testing.T) {
+	eachLimit(t, func(t *testing.T, e *env, limit func()) {
+		limit()
+		start := time.Now()
+		var other atomic.Int64 // nanoseconds
+		time.AfterFunc(20*time.Second, func() {
+			e.ok("roles/other", body{"project_id": openaisim.DefaultProject})
+			other.Store(int64(time.Since(start) - 20*time.Second))
+		})
+		leases, order, errs := e.together(14)
+		calls, limited := e.tally("POST")
+		t.Logf("14 reads: %d served in %s with %d calls, %d refused", len(leases), time.Since(start), calls, limited)
+		if len(leases) < 13 || calls > 28 || !slices.IsSorted(order) {
+			t.Errorf("got %d leases with %d calls in the order %v, errors %v", len(leases), calls, order, errs)
+		}
+		again := time.Now()
+		for time.Since(again) < 3*time.Minute && len(e.Leases()) > 0 {
+			e.revokeAll()
+		}
+		calls, limited = e.tally("DELETE")
+		t.Logf("revoked in %s with %d calls, %d refused", time.Since(again), calls, limited)
+		if beside := time.Duration(other.Load()); beside == 0 || beside > time.Second {
+			t.Errorf("a call of another endpoint meanwhile took %s, want at most 1s", beside)
+		}
+		e.have(0, 0, "after three minutes")
+	})
+}
+
+// TestLaneFull: what can't be served within its time says so, and nothing of it is left or looked for.
+func TestLaneFull(t *testing.T) {
+	eachLimit(t, func(t *testing.T, e *env, limit func()) {
+		limit()
+		leases, _, errs := e.together(60)
+		for _, err := range errs {
+			if !strings.Contains(strings.ToLower(err.Error()), "rate limit") {
+				t.Errorf("got error %v, want it to name the rate limit", err)
+			}
+		}
+		if got := len(leases); got < 13 || got+len(errs) != 60 || len(e.b().lost) > 0 {
+			t.Errorf("got %d leases, %d errors and %d lost creates, want at least 13 and 0", got, len(errs), len(e.b().lost))
+		}
+		e.have(len(leases), len(leases), "when all are answered")
+	})
+}
+
+// TestLaneEnd: 100 leases that end at once are deleted at the endpoint's pace, with at most one refused call for each
+// served one, and no lease becomes irrevocable.
+func TestLaneEnd(t *testing.T) {
+	eachLimit(t, func(t *testing.T, e *env, limit func()) {
+		for range 80 { // so many fast answers are no leave for many calls at once
+			e.revoke(e.lease("web"))
+		}
+		leases, _, _ := e.together(100)
+		limit()
+		start := leases[len(leases)-1].Expires
+		e.Run(time.Until(start))
+		for len(e.sim.ServiceAccounts(openaisim.DefaultProject)) > 0 && time.Since(start) < time.Hour {
+			e.Run(time.Second)
+		}
+		calls, limited := e.tally("DELETE")
+		t.Logf("100 leases: deleted in %s with %d calls, %d refused", time.Since(start), calls, limited)
+		if took := time.Since(start); took > 15*time.Minute || limited > calls-limited {
+			t.Errorf("took %s with %d calls, %d refused, want at most 15m and half of them", took, calls, limited)
+		}
+		e.Run(30 * time.Minute)
+		if got := e.leftovers(); got != "0 0" || len(e.Leases()) > 0 { // an irrevocable one stays a day
+			t.Errorf("got %d leases and %s left", len(e.Leases()), got)
+		}
+	})
+}
+
+// TestLaneTold: where OpenAI says when to come again, 200 revocations at once go at its pace with few refusals.
+func TestLaneTold(t *testing.T) {
+	for _, latency := range []time.Duration{0, 300 * time.Millisecond} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.together(200)
+			e.sim.SetLatency(latency)
+			e.sim.SetRateLimit(20, 20)
+			e.sim.ResetCalls()
+			start := time.Now()
+			e.revokeAll()
+			calls, limited := e.tally("DELETE")
+			t.Logf("latency %s: 200 revoked in %s with %d calls, %d refused", latency, time.Since(start), calls, limited)
+			if took := time.Since(start); took > 12*time.Second || limited > 80 || len(e.Leases()) > 0 {
+				t.Errorf("took %s with %d refused, %d leases left", took, limited, len(e.Leases()))
+			}
+		})
+	}
+}
+
+// TestRealTLS: a credential lives over TLS with a private authority and a certificate of ours. A mistake names its
+// field; the key is shown nowhere; the settings change only together with the admin key.
+func TestRealTLS(t *testing.T) {
+	certificate, key := newCertificate(t)
+	otherCertificate, otherKey := newCertificate(t)
+	e := newEnv(t)
+	e.overNetwork(nil)
+	address, ca := serveTLS(t, e.sim, certificate)
+	good, lines := e.credentials(), strings.SplitAfter(key, "\n")
+	maps.Copy(good, body{
+		"api_endpoint": address, "ca_certificate": ca, "client_certificate": certificate, "client_key": key})
+	shown := ""
+	for field, values := range map[string][]any{
+		"ca_certificate":     {"no PEM", key, ca + key, toPEM("CERTIFICATE", []byte("x"))},
+		"client_certificate": {"no PEM", "", certificate + key, key + certificate, otherCertificate},
+		"client_key":         {"no PEM", "", otherKey, certificate, lines[0] + lines[2], []any{body{"x": key}}},
+	} {
+		for _, value := range values {
+			resp, err := e.Write("config", with(good, field, value))
+			e.refusal(resp, err, field)
+			if shown += fmt.Sprint(failure(resp, err)); len(e.Storage.Keys("config")) > 0 {
+				t.Fatalf("%s %.10q: stored", field, value)
+			}
+		}
+	}
+	e.ok("config", good)
+	if got := e.get("config").Data; got["ca_certificate"] != ca || got["client_certificate"] != certificate {
+		t.Error("config does not show the certificates")
+	}
+	for _, data := range []body{{"ca_certificate": ""}, {"client_key": "", "client_certificate": ""},
+		{"client_certificate": certificate + "\n"}, {"client_certificate": otherCertificate, "client_key": otherKey}} {
+		e.refused("config", data, "admin_api_key")
+	}
+	e.ok("config", body{"ca_certificate": ca, "client_key": key}) // as they are
+	l := e.lease("web")
+	e.op(logical.UpdateOperation, "config/rotate", nil)
+	e.revoke(l)
+	e.have(0, 0, "after revocation")
+	shown += fmt.Sprint(e.get("config").Data) + e.Log.String()
+	if strings.Contains(shown, lines[1][:20]) || strings.Contains(shown, "PRIVATE KEY") {
+		t.Error("an error, config or the log shows the key")
+	}
+	if f := e.b().Route("config").Fields["client_key"]; f.Required || !f.DisplayAttrs.Sensitive {
+		t.Error("client_key is required, or not marked as a secret")
+	}
+}
+
+// TestRealPermission: what the admin key is not allowed to do is the operator's problem: no 400, and the error, or the
+// warning where a role can't be proved, names the permission.
+func TestRealPermission(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		refused := func(path string) {
+			t.Helper()
+			resp, err := e.Do(logical.UpdateOperation, path, body{"project_id": openaisim.DefaultProject})
+			if resp.IsError() || !strings.Contains(fmt.Sprint(resp, err), "Organization Administration: Write") {
+				t.Errorf("%s: got response %v, error %v", path, resp, err)
+			}
+		}
+		e.sim.Inject(openaisim.Fault{Status: 403})
+		refused("roles/new")
+		_, id := e.sim.AdminKey()
+		e.sim.SetAdminKeyAccess(id, "read")
+		e.configure(nil) // passes
+		refused("creds/web")
+		refused("config/rotate")
+		if got := len(e.config().Creating) + len(e.b().lost); got != 0 {
+			t.Errorf("got %d to look for, want none", got)
+		}
+	})
+}
+
+// TestRealDeadKey: a mount whose admin key is dead is disabled by a handful of runs, however many leases it has; and
+// leases that end while it is dead are deleted when there is another key.
+func TestRealDeadKey(t *testing.T) {
+	for _, n := range []int{1, 8, 50} {
+		for _, disable := range []bool{true, false} {
+			inBubble(t, func(t *testing.T, e *env) {
+				e.together(n)
+				e.sim.Inject(openaisim.Fault{Status: 401, Times: -1})
+				if runs := 1; disable {
+					for ; e.Disable() != nil && runs < 100; runs++ {
+					}
+					if t.Logf("%d leases: %d runs", n, runs); runs > 6 {
+						t.Errorf("%d leases: got %d runs, want at most 6", n, runs)
+					}
+					return
+				}
+				e.Run(3 * time.Hour)
+				if got, want := e.leftovers(), fmt.Sprint(n, 0); got != want || len(e.Leases()) > 0 {
+					t.Errorf("got %s left and %d leases, want %s and none", got, len(e.Leases()), want)
+				}
+				e.sim.ClearFaults()
+				e.Run(2 * time.Minute)
+				e.idle()
+				e.have(0, 0, "when the key lives again")
+			})
+		}
+	}
+}
+
+// TestRealFirstKeyAgain: a write that replaces a key which a rotation made warns, names its id and leaves it alive.
+func TestRealFirstKeyAgain(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		first := e.credentials()
+		rotated := e.op(logical.UpdateOperation, "config/rotate", nil).Data["admin_api_key_id"].(string)
+		e.refused("config", first, "refused") // by the proof
+		other, otherID := e.sim.AddAdminKey("other")
+		for _, tt := range []struct {
+			data body
+			want bool
+		}{
+			{body{"admin_key_ttl": 0}, false}, {with(first, "verify_connection", false), true},
+			{with(first, "verify_connection", false), false}, {body{"admin_api_key": other, "admin_api_key_id": otherID}, false},
+		} {
+			resp := e.ok("config", tt.data)
+			if got := resp != nil && strings.Contains(fmt.Sprint(resp.Warnings), rotated); got != tt.want {
+				t.Errorf("warned of the rotated key: %v, want %v", got, tt.want)
+			}
+		}
+		e.Run(3 * time.Hour)
+		if !strings.Contains(fmt.Sprint(e.sim.AdminKeys()), rotated) || e.leftovers() != "0 0" {
+			t.Errorf("got keys %v, and %s to delete", e.sim.AdminKeys(), e.leftovers())
 		}
 	})
 }

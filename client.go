@@ -8,13 +8,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
 	"regexp"
 	"slices"
@@ -36,8 +37,12 @@ const (
 	maxPause     = 60 * time.Second       // longest wait that a Retry-After can ask for
 	maxAnswer    = 1 << 20                // bytes of an answer that are read
 	maxCalls     = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
+	firstCalls   = 16                     // calls of an endpoint at once until it has answered some
 	minInterval  = 15 * time.Millisecond  // between attempts after a first refusal
 	maxInterval  = 250 * time.Millisecond // slowest pace that is kept by itself
+	minUntold    = 4 * time.Second        // first pause where OpenAI refuses without saying for how long
+	maxUntold    = 12 * time.Second       // longest one: six pauses last a minute, after which there may be eight calls
+	slowTime     = 10 * time.Minute       // so long after such a pause an endpoint gets one call at a time
 )
 
 // client calls the OpenAI Admin API (https://platform.openai.com/docs/api-reference/administration) with one admin
@@ -57,71 +62,126 @@ func newTransport() *http.Transport {
 	t.MaxIdleConns = maxCalls
 	t.MaxIdleConnsPerHost = maxCalls
 	t.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, answer *http.Response) error {
+		if answer.StatusCode != http.StatusOK {
+			return fmt.Errorf("the proxy answered %d", answer.StatusCode)
+		}
+		return nil
+	}
 	// A connection whose far end has vanished is found out before the next call hangs on it.
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 10 * time.Second}
 	return t
 }
 
-// throttle bounds the calls of one mount. When OpenAI says that its rate limit is reached, all of them wait together,
-// and then go on in the order in which they came.
+// throttle bounds the calls of one mount. OpenAI limits the rate of each endpoint by itself, and so each has a lane.
 type throttle struct {
-	slots chan struct{} // holds one for each call under way, its waits included
-	gate  chan struct{} // holds one while a call waits for its turn; the next ones queue
-
-	mu       sync.Mutex    // guards what follows
-	until    time.Time     // end of the pause that OpenAI asked for
-	interval time.Duration // between the starts of two attempts; 0 while there is no limit
+	slots chan struct{} // holds one for each exchange under way
+	mu    sync.Mutex
+	lanes map[string]*lane // by the call's name. Guarded by mu.
 }
 
 func newThrottle() *throttle {
-	return &throttle{slots: make(chan struct{}, maxCalls), gate: make(chan struct{}, 1)}
+	return &throttle{slots: make(chan struct{}, maxCalls), lanes: map[string]*lane{}}
 }
 
-// acquire waits for a free slot. Its error is ctx's.
-func (t *throttle) acquire(ctx context.Context) error {
-	select {
-	case t.slots <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (t *throttle) release() { <-t.slots }
-
-// turn waits until an attempt may start. Its error is ctx's.
-func (t *throttle) turn(ctx context.Context) error {
-	select {
-	case t.gate <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	defer func() { <-t.gate }()
+// lane returns the lane of an endpoint.
+func (t *throttle) lane(name string) *lane {
 	t.mu.Lock()
-	wait := max(time.Until(t.until), t.interval)
-	t.mu.Unlock()
-	return sleep(ctx, wait)
+	defer t.mu.Unlock()
+	if t.lanes[name] == nil {
+		l := &lane{slots: make(chan struct{}, maxCalls), gate: make(chan struct{}, 1), calls: firstCalls}
+		for range firstCalls {
+			l.slots <- struct{}{}
+		}
+		t.lanes[name] = l
+	}
+	return t.lanes[name]
+}
+
+// lane is the queue of an endpoint's calls. When OpenAI says that its rate limit is reached, they wait together, and
+// then go on in the order in which they came.
+type lane struct {
+	slots chan struct{} // holds one for each call that may begin
+	gate  chan struct{} // holds one while a call waits for its turn or, if untold, for its answer; the next ones queue
+
+	mu       sync.Mutex    // guards what follows
+	calls    int           // that may be under way: one more for each answer while others wait, up to maxCalls
+	until    time.Time     // end of the pause
+	slowed   time.Time     // when the pace was last slowed
+	interval time.Duration // between the starts of two attempts; 0 while there is no limit
+	untold   time.Duration // the last pause of which OpenAI did not say how long it must be; 0: none lately
+}
+
+// turn waits until an attempt may start. held tells that the caller kept the gate, and so its place at the head of the
+// queue; keeps, that it has the gate until the attempt is answered. Its error is ctx's.
+func (l *lane) turn(ctx context.Context, held bool) (keeps bool, err error) {
+	if !held {
+		if err := put(ctx, l.gate); err != nil {
+			return false, err
+		}
+	}
+	l.mu.Lock()
+	if time.Since(l.until) > time.Minute {
+		l.interval = 0
+	}
+	if time.Since(l.until) > slowTime {
+		l.untold = 0
+	}
+	wait := max(time.Until(l.until), l.interval)
+	l.mu.Unlock()
+	for err = sleep(ctx, wait); err == nil; err = sleep(ctx, wait) { // the pause may have become longer
+		l.mu.Lock()
+		wait = time.Until(l.until)
+		slow := l.untold > 0
+		l.mu.Unlock()
+		if wait <= 0 {
+			if !slow {
+				<-l.gate
+			}
+			return slow, nil
+		}
+	}
+	<-l.gate
+	return false, err
 }
 
 // passed counts an attempt that met no rate limit: the pace quickens.
-func (t *throttle) passed() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.interval -= t.interval / 50; t.interval < time.Millisecond {
-		t.interval = 0
+func (l *lane) passed() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.calls < maxCalls && len(l.slots) == 0 && l.untold == 0 {
+		l.calls++
+		l.slots <- struct{}{}
+	}
+	if l.interval -= l.interval / 50; l.interval < time.Millisecond {
+		l.interval = 0
 	}
 }
 
-// limited pauses all calls for d and slows the pace, once for a pause.
-func (t *throttle) limited(d time.Duration) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	now := time.Now()
-	if now.After(t.until) {
-		t.interval = min(max(2*t.interval, minInterval), maxInterval)
+// limited pauses the lane after the refusal of an attempt that began at start, for as long as OpenAI told (0: it did
+// not), and slows the pace, once for all attempts that had begun by then.
+func (l *lane) limited(start time.Time, told time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if start.After(l.slowed) {
+		l.slowed = time.Now()
+		l.interval = min(max(2*l.interval, minInterval), maxInterval)
+		if told == 0 {
+			l.untold = min(max(2*l.untold, minUntold), maxUntold)
+		}
 	}
-	if until := now.Add(d); until.After(t.until) {
-		t.until = until
+	if until := time.Now().Add(cmp.Or(told, l.untold)); until.After(l.until) {
+		l.until = until
+	}
+}
+
+// put puts an element into a channel. Its error is ctx's.
+func put(ctx context.Context, to chan<- struct{}) error {
+	select {
+	case to <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -168,6 +228,9 @@ func (e *apiError) Error() string {
 	if e.RequestID != "" {
 		text += " (request id " + e.RequestID + ")"
 	}
+	if e.Status == http.StatusForbidden {
+		text += "; the admin API key needs Organization Administration: Write"
+	}
 	return text
 }
 
@@ -207,7 +270,12 @@ func notDone(err error) bool {
 		errors.As(err, &e) && e.Status == 0 && !e.sent
 }
 
-var keyPattern = regexp.MustCompile(`sk-[^\s"',;]+`)
+var (
+	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+`)
+	pemPattern = regexp.MustCompile(`(?s)-----BEGIN.*`)
+	// certificateRefused is how a TLS 1.3 handshake fails that a server ends after we have sent, before it reads that.
+	certificateRefused = regexp.MustCompile(`remote error: tls: .*certificate|client conn could not be established`)
+)
 
 // clean makes text from outside fit for an error or a log: keys are masked, control characters dropped, and no more
 // than 500 bytes kept.
@@ -220,6 +288,7 @@ func (c *client) clean(text string) string {
 	}, text)
 	text = strings.ReplaceAll(text, c.config.AdminAPIKey, "sk-***")
 	text = keyPattern.ReplaceAllString(text, "sk-***")
+	text = pemPattern.ReplaceAllString(text, "PEM-***")
 	if len(text) > 500 {
 		text = strings.ToValidUTF8(text[:500], "") + "…"
 	}
@@ -249,26 +318,49 @@ func post(name, path string, in map[string]any) call {
 	return call{name: name, method: http.MethodPost, path: path, in: in}
 }
 
+// What a call waited for that had no turn in its request's time.
+var (
+	errRateLimit  = errors.New("waiting for OpenAI's rate limit")
+	errOtherCalls = errors.New("waiting for other calls to OpenAI")
+)
+
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are of type *apiError.
 func (c *client) do(ctx context.Context, op call) error {
-	waiting := func(what string, err error) error {
-		return &apiError{Message: "waiting for " + what + ": " + err.Error(), err: err}
+	waiting := func(what error, err error) error {
+		return &apiError{Message: what.Error() + ": " + err.Error(), err: what}
 	}
-	if err := c.throttle.acquire(ctx); err != nil {
-		return waiting("other calls to OpenAI", err)
+	l := c.throttle.lane(op.name)
+	select {
+	case <-l.slots:
+		defer func() { l.slots <- struct{}{} }()
+	case <-ctx.Done():
+		return waiting(errOtherCalls, ctx.Err())
 	}
-	defer c.throttle.release()
 	var last error
-	backoff := minBackoff
+	backoff, held := minBackoff, false
+	defer func() {
+		if held {
+			<-l.gate
+		}
+	}()
 	for attempt := 1; ; attempt++ {
 		start := time.Now()
-		if err := c.throttle.turn(ctx); err != nil {
-			return cmp.Or(last, waiting("OpenAI's rate limit", err))
+		var err error
+		held, err = l.turn(ctx, held)
+		if err != nil && (last == nil || isStatus(last, http.StatusTooManyRequests)) {
+			return waiting(errRateLimit, err)
+		} else if err != nil {
+			return last
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
 			c.metrics.add("api_rate_limit_wait_seconds_total", waited.Seconds())
 		}
-		err := c.attempt(ctx, op)
+		err = c.attempt(ctx, l, op)
+		limited := isStatus(err, http.StatusTooManyRequests)
+		if held && !limited {
+			<-l.gate
+			held = false
+		}
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
@@ -278,10 +370,6 @@ func (c *client) do(ctx context.Context, op call) error {
 		if errors.As(err, &e) && e.Status != 0 {
 			reason = strconv.Itoa(e.Status)
 			wait = cmp.Or(e.retryAfter, wait)
-		}
-		limited := isStatus(err, http.StatusTooManyRequests)
-		if limited {
-			c.throttle.limited(wait)
 		}
 		deadline, bounded := ctx.Deadline()
 		switch {
@@ -313,8 +401,12 @@ func (op call) retryable(err error) bool {
 		e.Status == http.StatusRequestTimeout || e.Status == http.StatusConflict)
 }
 
-// attempt makes one HTTP exchange.
-func (c *client) attempt(ctx context.Context, op call) (err error) {
+// attempt makes one HTTP exchange in its lane.
+func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
+	if err := put(ctx, c.throttle.slots); err != nil {
+		return &apiError{Message: errOtherCalls.Error() + ": " + err.Error(), err: errOtherCalls}
+	}
+	defer func() { <-c.throttle.slots }()
 	start, status := time.Now(), "error"
 	defer func() {
 		c.metrics.add("api_requests_total", 1, "operation", op.name, "status", status)
@@ -339,18 +431,22 @@ func (c *client) attempt(ctx context.Context, op call) (err error) {
 		req.Header.Set("Content-Type", "application/json")
 	}
 
-	resp, err := c.http.Do(req)
+	sent := false // before there is a connection, through proxy and TLS, nothing is
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent = true }}
+	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		return c.noAnswer(err)
+		return c.noAnswer(err, sent)
 	}
 	defer resp.Body.Close()
 	status = strconv.Itoa(resp.StatusCode)
-	if resp.StatusCode != http.StatusTooManyRequests {
-		c.throttle.passed()
+	if resp.StatusCode == http.StatusTooManyRequests {
+		l.limited(start, retryAfter(resp.Header))
+	} else {
+		l.passed()
 	}
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		return c.noAnswer(err)
+		return c.noAnswer(err, true)
 	}
 	if op.date != nil {
 		*op.date, _ = http.ParseTime(resp.Header.Get("Date"))
@@ -359,20 +455,21 @@ func (c *client) attempt(ctx context.Context, op call) (err error) {
 }
 
 // noAnswer describes err, the failure of an exchange, without the request's URL.
-func (c *client) noAnswer(err error) error {
+func (c *client) noAnswer(err error, sent bool) error {
 	var u *url.Error
 	if errors.As(err, &u) {
 		err = u.Err
 	}
-	var n *net.OpError
-	dialing := errors.As(err, &n) && n.Op == "dial"
 	text := "no answer from " + c.config.APIEndpoint + ": "
 	if errors.Is(err, context.DeadlineExceeded) {
 		text += "timed out"
 	} else {
 		text += c.clean(err.Error())
 	}
-	return &apiError{Message: text, err: err, sent: !dialing}
+	if certificateRefused.MatchString(text) {
+		text, sent = text+"; check client_certificate", false
+	}
+	return &apiError{Message: text, err: err, sent: sent}
 }
 
 // answer decodes a whole answer into out, or returns it as an *apiError.
@@ -485,12 +582,20 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 	}
 }
 
-// remove deletes what is at path and checks that OpenAI says so. What is gone already is no error.
-func (c *client) remove(ctx context.Context, name, path string) error {
+// remove deletes what is at path and checks that OpenAI says so. What is gone already is no error, in whatever words
+// the DELETE is refused: a GET then answers 404, while one of what must be there, present, does not fail.
+func (c *client) remove(ctx context.Context, kind, path string, present func() error) error {
 	type answer struct{ Deleted bool }
-	_, err := ask(ctx, c, call{name: name, method: http.MethodDelete, path: path, repeatable: true},
+	_, err := ask(ctx, c, call{name: "delete_" + kind, method: http.MethodDelete, path: path, repeatable: true},
 		func(a *answer) bool { return a.Deleted })
 	if isNotFound(err) {
+		return nil
+	}
+	if !isRefused(err) || isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests) {
+		return err
+	}
+	_, getErr := ask(ctx, c, get("get_"+kind, path), func(*struct{}) bool { return true })
+	if isNotFound(getErr) && present() == nil {
 		return nil
 	}
 	return err
@@ -648,11 +753,14 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 // deleteCredential deletes an account with its keys, or a key alone. What is gone already, alone or with its project,
 // is no error.
 func (c *client) deleteCredential(ctx context.Context, l *lease) error {
-	name, kind := "delete_service_account", "service_accounts"
+	kind, kinds := "service_account", "service_accounts"
 	if l.KeyOnly {
-		name, kind = "delete_api_key", "api_keys"
+		kind, kinds = "api_key", "api_keys"
 	}
-	err := c.remove(ctx, name, projectPath(l.ProjectID, kind, l.id()))
+	err := c.remove(ctx, kind, projectPath(l.ProjectID, kinds, l.id()), func() error {
+		_, err := c.getProject(ctx, l.ProjectID)
+		return err
+	})
 	if c.projectGone(ctx, l.ProjectID, err) {
 		return nil
 	}
@@ -713,13 +821,56 @@ func (c *client) createAdminKey(ctx context.Context, name string, expiresIn time
 
 // deleteAdminKey deletes an admin key, which stops working at once. A key that is gone already is no error.
 func (c *client) deleteAdminKey(ctx context.Context, id string) error {
-	return c.remove(ctx, "delete_admin_api_key", adminKeysPath+apiPath(id))
+	return c.remove(ctx, "admin_api_key", adminKeysPath+apiPath(id), func() error {
+		_, err := c.getAdminKey(ctx, c.config.AdminAPIKeyID)
+		return err
+	})
+}
+
+// tlsConfig returns the TLS settings of cfg; nil: those of the mount's own transport. Its error names the field.
+func (cfg *config) tlsConfig() (*tls.Config, error) {
+	if cfg.CACertificate == "" && cfg.ClientCertificate == "" && cfg.ClientKey == "" {
+		return nil, nil
+	}
+	if strings.Contains(cfg.CACertificate+cfg.ClientCertificate, "PRIVATE KEY") { // reading config shows them
+		return nil, errors.New("ca_certificate and client_certificate must not hold a key: it belongs in client_key")
+	}
+	settings := &tls.Config{MinVersion: tls.VersionTLS12}
+	if cfg.CACertificate != "" {
+		settings.RootCAs, _ = x509.SystemCertPool() // nil where the system has none
+		if settings.RootCAs == nil {
+			settings.RootCAs = x509.NewCertPool()
+		}
+		if !settings.RootCAs.AppendCertsFromPEM([]byte(cfg.CACertificate)) {
+			return nil, errors.New("ca_certificate must be certificates in PEM")
+		}
+	}
+	if cfg.ClientCertificate != "" || cfg.ClientKey != "" {
+		pair, err := tls.X509KeyPair([]byte(cfg.ClientCertificate), []byte(cfg.ClientKey))
+		if err != nil {
+			return nil, errors.New("client_certificate and client_key must be a certificate in PEM and its key")
+		}
+		settings.Certificates = []tls.Certificate{pair}
+	}
+	return settings, nil
+}
+
+// transportOf returns a transport for cfg's TLS settings: the mount's, or one of their own.
+func (b *backend) transportOf(cfg *config) http.RoundTripper {
+	settings, err := cfg.tlsConfig()
+	shared, ok := b.transport.(*http.Transport)
+	if settings == nil || err != nil || !ok { // err was checked when config was written
+		return b.transport
+	}
+	own := shared.Clone()
+	own.TLSClientConfig = settings
+	return own
 }
 
 // newClient returns a client for cfg, which it copies.
 func (b *backend) newClient(cfg *config) *client {
 	return &client{config: *cfg, throttle: b.throttle, metrics: b.metrics, http: &http.Client{
-		Transport: b.transport,
+		Transport: b.transportOf(cfg),
 		// A redirect would carry the admin key to a host that nobody configured.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}

@@ -33,6 +33,7 @@ const secretType = "openai_api_key" // #nosec G101 -- a name, not a credential
 func (cfg *config) toResponseData() map[string]any {
 	data := map[string]any{
 		"admin_api_key_id": cfg.AdminAPIKeyID, "organization_id": cfg.OrganizationID, "api_endpoint": cfg.APIEndpoint,
+		"ca_certificate": cfg.CACertificate, "client_certificate": cfg.ClientCertificate,
 		"admin_key_ttl":        int64(cfg.AdminKeyTTL.Seconds()),
 		"admin_key_expires_at": formatTime(cfg.AdminKeyExpires),
 		"last_rotated":         formatTime(cfg.LastRotatedTime),
@@ -72,10 +73,11 @@ func defaulted(t framework.FieldType, value any, description string) *framework.
 	return &framework.FieldSchema{Type: t, Description: description, Default: value}
 }
 
-// secret is a required field whose value is a secret.
+// secret is a field whose value is a secret.
 func secret(description string) *framework.FieldSchema {
-	display := &framework.DisplayAttributes{Sensitive: true}
-	return &framework.FieldSchema{Type: text, Description: description, Required: true, DisplayAttrs: display}
+	f := required(text, description)
+	f.DisplayAttrs = &framework.DisplayAttributes{Sensitive: true}
+	return f
 }
 
 // display gives the paths and operations their names in OpenAPI.
@@ -111,12 +113,17 @@ func pathConfig(b *backend) []*framework.Path {
 		"organization_id": required(text, "ID of the OpenAI organization (org-…). Required."),
 		"api_endpoint": defaulted(text, defaultEndpoint,
 			"Base URL of the OpenAI API: https, or http to a loopback address. Default "+defaultEndpoint+"."),
+		"ca_certificate":     field(text, "Certificates in PEM that are trusted beside the system's. Default: none."),
+		"client_certificate": field(text, "Certificate in PEM for an organization with mutual TLS. Default: none."),
+		"client_key":         secret("Key in PEM of client_certificate. Never returned. Default: none."),
 		"admin_key_ttl": field(duration, "Life of the admin keys that rotation makes: at least twice the time between "+
 			"scheduled rotations, at most 365 days. Default 0: without end."),
 	}
+	fields["client_key"].Required = false
 	addRotationFields(fields)
 	shown := maps.Clone(fields)
 	delete(shown, "admin_api_key")
+	delete(shown, "client_key")
 	fields["verify_connection"] = defaulted(boolean, true,
 		"Whether this write proves the key at OpenAI before it is stored: true or false. Not stored. Default true.")
 	shown["admin_key_expires_at"] = required(text, "When OpenAI expires the key (RFC 3339); empty: never or unknown.")
@@ -196,6 +203,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	resp := &logical.Response{}
 	if cfg.AdminAPIKey != was.AdminAPIKey {
 		cfg.LastRotatedTime = time.Now()
+		if was.Rotated {
+			resp.AddWarning("a rotation made the replaced admin API key, it is still at OpenAI: " + was.AdminAPIKeyID)
+		}
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
 		resp.AddWarning("organization_id has changed: leases of the former one can't be revoked until it is back")
@@ -245,7 +255,13 @@ func verificationFailed(err error) string {
 		"; check api_endpoint, or store without asking OpenAI: verify_connection=false"
 }
 
-// setText sets a field that the request names, and setSeconds likewise.
+// setID sets a field that the request names to an id or a key, without the line break that comes along from a file.
+// setText and setSeconds set others.
+func setID(d *fieldData, name string, field *string) {
+	setText(d, name, field)
+	*field = strings.TrimSpace(*field)
+}
+
 func setText(d *fieldData, name string, field *string) {
 	if v, ok := d.GetOk(name); ok {
 		*field = v.(string)
@@ -260,30 +276,32 @@ func setSeconds(d *fieldData, name string, field *time.Duration) {
 
 // update sets the fields that d names and checks the whole. Its error is the caller's.
 func (cfg *config) update(d *fieldData) error {
-	v, keyGiven := d.GetOk("admin_api_key")
-	if keyGiven {
-		key := strings.TrimSpace(v.(string)) // a line break comes along from stdin
-		if key != cfg.AdminAPIKey {
-			cfg.AdminAPIKeyID, cfg.AdminKeyExpires = "", time.Time{} // of the former key
-		}
-		cfg.AdminAPIKey = key
+	was := *cfg
+	_, keyGiven := d.GetOk("admin_api_key")
+	setID(d, "admin_api_key", &cfg.AdminAPIKey)
+	if cfg.AdminAPIKey != was.AdminAPIKey {
+		cfg.AdminAPIKeyID, cfg.AdminKeyExpires, cfg.Rotated = "", time.Time{}, false // of the former key
 	}
-	setText(d, "admin_api_key_id", &cfg.AdminAPIKeyID)
-	setText(d, "organization_id", &cfg.OrganizationID)
+	setID(d, "admin_api_key_id", &cfg.AdminAPIKeyID)
+	setID(d, "organization_id", &cfg.OrganizationID)
 	setSeconds(d, "admin_key_ttl", &cfg.AdminKeyTTL)
-	if v, ok := d.GetOk("api_endpoint"); ok || cfg.APIEndpoint == "" {
-		if v == nil || v.(string) == "" {
-			v = defaultEndpoint
-		}
-		endpoint, err := parseEndpoint(v.(string))
-		if err != nil {
-			return err
-		}
-		// Who may write config but does not know the key must not get it sent to himself.
-		if cfg.APIEndpoint != "" && cfg.APIEndpoint != endpoint && !keyGiven {
-			return errors.New("api_endpoint can only be changed together with admin_api_key, which would be sent there")
-		}
-		cfg.APIEndpoint = endpoint
+	setText(d, "ca_certificate", &cfg.CACertificate)
+	setText(d, "client_certificate", &cfg.ClientCertificate)
+	setText(d, "client_key", &cfg.ClientKey)
+	setID(d, "api_endpoint", &cfg.APIEndpoint)
+	var err error
+	if cfg.APIEndpoint, err = parseEndpoint(cmp.Or(cfg.APIEndpoint, defaultEndpoint)); err != nil {
+		return err
+	}
+	if _, err := cfg.tlsConfig(); err != nil {
+		return err
+	}
+	// Who may write config but does not know the key must not get it sent to himself.
+	moved := cfg.APIEndpoint != was.APIEndpoint || cfg.CACertificate != was.CACertificate ||
+		cfg.ClientCertificate != was.ClientCertificate || cfg.ClientKey != was.ClientKey
+	if was.APIEndpoint != "" && moved && !keyGiven {
+		return errors.New("api_endpoint, ca_certificate, client_certificate and client_key can only be changed " +
+			"together with admin_api_key, which would be sent there")
 	}
 	switch {
 	case cfg.AdminAPIKey == "":
@@ -564,12 +582,12 @@ func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to 
 
 // update sets the fields that d names and checks what needs no call. Its error is the caller's.
 func (r *role) update(d *fieldData) error {
-	setText(d, "project_id", &r.ProjectID)
+	setID(d, "project_id", &r.ProjectID)
 	setText(d, "service_account_name_template", &r.ServiceAccountNameTemplate)
 	setText(d, "service_account_description", &r.ServiceAccountDescription)
-	setText(d, "service_account_role", &r.ServiceAccountRole)
+	setID(d, "service_account_role", &r.ServiceAccountRole)
 	was := r.ServiceAccountID
-	setText(d, "service_account_id", &r.ServiceAccountID)
+	setID(d, "service_account_id", &r.ServiceAccountID)
 	if r.ServiceAccountID != was {
 		r.ServiceAccountName = ""
 	}
@@ -582,7 +600,12 @@ func (r *role) update(d *fieldData) error {
 		r.UnexpiringKeys = !v.(bool)
 	}
 	if v, ok := d.GetOk("scopes"); ok {
-		r.Scopes = slices.Compact(slices.Sorted(slices.Values(v.([]string))))
+		r.Scopes = nil
+		for _, scope := range v.([]string) { // in their order, each once
+			if !slices.Contains(r.Scopes, scope) {
+				r.Scopes = append(r.Scopes, scope)
+			}
+		}
 	}
 	invalidScope := func(s string) bool { return !scopePattern.MatchString(s) }
 	switch {
@@ -685,8 +708,10 @@ func pathCreds(b *backend) []*framework.Path {
 	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
 		Pattern: "creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("credentials"),
-		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
-		Operations:   map[logical.Operation]framework.OperationHandler{logical.ReadOperation: read},
+		Fields: fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
+		Operations: map[logical.Operation]framework.OperationHandler{
+			logical.ReadOperation: read, logical.UpdateOperation: read, // tools send parameters by PUT
+		},
 		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
 	}}
 }
@@ -950,7 +975,8 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *fieldD
 }
 
 // maxRevokeFailures is after how many failures the plugin takes a revocation over. Vault gives up at its sixth, and
-// would then try once a day.
+// would then try once a day. A revocation whose turn did not come at a rate limit is taken over at once: Vault's tries
+// would only stand in the queue.
 const maxRevokeFailures = 5
 
 // credRevoke deletes what a lease stands for at OpenAI; what is gone already is revoked. Vault tries again after an
@@ -964,14 +990,21 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *field
 	defer cancel()
 	err = b.revokeAtOpenAI(callCtx, req.Storage, l)
 	b.reportCredential(ctx, req, "revoke", l, err)
+	if !isStatus(err, http.StatusUnauthorized) {
+		b.refusals.Store(0)
+	}
 	if err == nil {
 		return nil, nil
 	}
 	failures, cleanupErr := b.addCleanup(ctx, req.Storage, l, 1)
-	if cleanupErr == nil && failures >= maxRevokeFailures {
+	if isStatus(err, http.StatusUnauthorized) {
+		failures = max(failures, int(b.refusals.Add(1))) // it is the same for each lease of the mount
+	}
+	limited := errors.Is(err, errRateLimit) || isStatus(err, http.StatusTooManyRequests)
+	if cleanupErr == nil && (failures >= maxRevokeFailures || limited) {
 		b.metrics.add("revocations_handed_over_total", 1)
 		b.Logger().Error("revocation taken over: Vault is told that it is done, the plugin goes on until it is",
-			"project_id", l.ProjectID, "id", l.id(), "failures", failures)
+			"project_id", l.ProjectID, "id", l.id(), "failures", failures, "error", err)
 		return nil, nil
 	}
 	return nil, errors.Join(fmt.Errorf("deleting %q: %w", l.id(), err), cleanupErr)
@@ -1232,9 +1265,8 @@ func (b *backend) tidy(ctx context.Context, s logical.Storage, p *pass, ids []st
 		}
 		return err
 	}))
-	ids = all
-	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
-	for _, id := range ids {
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	for _, id := range all {
 		err := b.tidyProject(ctx, s, p, organization, id)
 		if p.fail(err); err == nil {
 			p.projects++
@@ -1250,7 +1282,10 @@ func (b *backend) tidy(ctx context.Context, s logical.Storage, p *pass, ids []st
 		err = errors.New(strings.Join(p.errs, "; "))
 		b.Logger().Warn("tidy could not do all", "failed", p.failed, "error", err)
 	}
-	b.metrics.add("tidy_passes_total", 1, "result", result(err))
+	if p.mountID == b.mountID && !p.dryRun && len(ids) == 0 {
+		b.metrics.add("tidy_passes_total", 1, "result", result(err))
+		b.metrics.set("tidy_last_pass_timestamp_seconds", float64(p.finished.Unix()))
+	}
 	b.Logger().Info("tidy has ended", "mount_id", p.mountID, "projects", p.projects, "found", p.found,
 		"deleted", p.deleted)
 	return p
@@ -1291,7 +1326,7 @@ func pathTidy(b *backend) []*framework.Path {
 
 func (b *backend) tidyWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	p := &pass{mountID: b.mountID, dryRun: d.Get("dry_run").(bool)}
-	setText(d, "mount_id", &p.mountID)
+	setID(d, "mount_id", &p.mountID)
 	p.mountID = cmp.Or(p.mountID, b.mountID)
 	ids, _ := d.Get("project_ids").([]string)
 	switch {

@@ -255,7 +255,7 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 	}
 	after := *cfg
 	after.AdminAPIKey, after.AdminAPIKeyID, after.AdminKeyExpires = key.Value, key.ID, unixTime(key.ExpiresAt)
-	after.LastRotatedTime = time.Now()
+	after.LastRotatedTime, after.Rotated = time.Now(), true
 	after.PendingDeletion = append(after.PendingDeletion, old.ID)
 	after.Creating = cfg.Creating[:len(cfg.Creating)-1]
 	next := b.newClient(&after)

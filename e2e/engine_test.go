@@ -310,6 +310,7 @@ func TestBadInput(t *testing.T) {
 			{role, "service_account_name_template", "{{.RoleName"},
 			{role, "service_account_name_template", "{{.Unknown}}"},
 			{role, "service_account_name_template", strings.Repeat("x", 300) + "{{.RandomSuffix}}"},
+			{role, "service_account_name_template", "{{range 1000000000000}}x{{end}}"},
 		} {
 			result := e.CLI(t.Context(), "write", test.path, test.field+"="+test.value)
 			if result.Code == 0 || !strings.Contains(result.Stderr, "Code: 400") || !strings.Contains(result.Stderr, test.field) {

@@ -2,8 +2,9 @@
 # leases and its token is in Vault's policy "default".
 # vault policy write openai-my-role application.hcl
 
+# "update" is for tools that send parameters, like ttl: they use PUT or POST.
 path "openai/creds/my-role" {
-  capabilities = ["read"]
+  capabilities = ["read", "update"]
 }
 
 # Works for who knows the lease's ID, which only the reader of the key was told.
