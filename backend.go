@@ -119,6 +119,7 @@ type lease struct {
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation deletes the key and leaves the account
 	End              int64  `json:"end,omitempty"`         // Unix seconds of the end that the name has
+	Name             string `json:"-"`                     // of the account or key while it is made, or found in a list
 }
 
 // cleanup is the storage entry "cleanup/<id>" of a credential that could not be deleted yet.
@@ -291,8 +292,8 @@ func parseName(name string) (tag string, end time.Time, ok bool) {
 	if m == nil {
 		return "", time.Time{}, false
 	}
-	minutes, err := strconv.ParseInt(m[2], 36, 64)
-	return m[1], time.Unix(60*minutes, 0), err == nil
+	minutes, _ := strconv.ParseInt(m[2], 36, 64)
+	return m[1], time.Unix(60*minutes, 0), true
 }
 
 // backend is one mount of the secrets engine.
@@ -306,7 +307,7 @@ type backend struct {
 	// enterprise tells whether Vault keeps observations and events. The community edition drops them.
 	enterprise func() bool
 
-	mu       sync.RWMutex
+	mu       sync.Mutex
 	client   *client      // of the stored config; nil until it is needed. Guarded by mu.
 	refusals atomic.Int32 // revocations in a row that were answered 401
 
@@ -315,7 +316,6 @@ type backend struct {
 	configMu         sync.Mutex
 	retryRotation    time.Time // when a rotation that failed may be tried again
 	rotationFailures int       // in a row
-	expiryWarned     time.Time // when the log was last told that the admin key ends soon
 
 	roleMu sync.Mutex // held while a role is compared with what is stored, and written
 
@@ -467,14 +467,6 @@ func (b *backend) report(ctx context.Context, req *logical.Request, change strin
 	_ = logical.SendEvent(ctx, b, "openai/"+change, metadata...)
 }
 
-// failure returns what a handler's answer says went wrong; nil: nothing.
-func failure(resp *logical.Response, err error) error {
-	if err == nil && resp.IsError() {
-		err = resp.Error()
-	}
-	return err
-}
-
 // result is the metrics' label for err.
 func result(err error) string {
 	if err != nil {
@@ -518,19 +510,14 @@ var families = []family{
 // durationBuckets are the upper bounds of the histogram's buckets, in seconds.
 var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
 
-// maxSeries bounds the memory that metrics take: credentials of further roles are counted with role "other".
-const maxSeries = 5000
-
 // series are values by name and labels, as Prometheus' text format writes them, without metricPrefix.
 type series map[string]float64
 
-var labelEscaper = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
-
-// seriesName returns a name with labels, which are names and values.
+// seriesName returns a name with labels, which are names and values. No value has a quote: a role's name has none.
 func seriesName(name string, labels ...string) string {
 	text := ""
 	for i := 0; i+1 < len(labels); i += 2 {
-		text += "," + labels[i] + `="` + labelEscaper.Replace(labels[i+1]) + `"`
+		text += "," + labels[i] + `="` + labels[i+1] + `"`
 	}
 	if text != "" {
 		name += "{" + text[1:] + "}"
@@ -563,12 +550,7 @@ func newMetrics() *metrics {
 func (m *metrics) add(name string, n float64, labels ...string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	key := seriesName(name, labels...)
-	if _, ok := m.series[key]; !ok && len(m.series) >= maxSeries && name == "credential_operations_total" {
-		labels[1] = "other" // than the roles that are counted already
-		key = seriesName(name, labels...)
-	}
-	m.series[key] += n
+	m.series[seriesName(name, labels...)] += n
 }
 
 // set sets a gauge.

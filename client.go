@@ -721,8 +721,7 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 
 // credential is an account or a key on an account, as a list shows it.
 type credential struct {
-	lease // its ids
-	name  string
+	lease           // its ids and its name
 	at    time.Time // when that was: see listAll
 }
 
@@ -733,8 +732,8 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
 			func(a serviceAccount, now time.Time) {
 				if wanted(a.Name) && validID(a.ID) {
-					l := lease{ProjectID: projectID, ServiceAccountID: a.ID}
-					found = append(found, credential{l, a.Name, now})
+					l := lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name}
+					found = append(found, credential{l, now})
 				}
 			})
 		return found, err
@@ -743,8 +742,8 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 	query := url.Values{"owner_project_access": {"any"}}
 	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
 		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
-			l := lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true}
-			found = append(found, credential{l, k.Name, now})
+			l := lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true, Name: k.Name}
+			found = append(found, credential{l, now})
 		}
 	})
 	return found, err
@@ -878,12 +877,6 @@ func (b *backend) newClient(cfg *config) *client {
 
 // getClient returns the mount's client, made from the stored config where there is none yet.
 func (b *backend) getClient(ctx context.Context, s logical.Storage) (*client, error) {
-	b.mu.RLock()
-	c := b.client
-	b.mu.RUnlock()
-	if c != nil {
-		return c, nil
-	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.client == nil {

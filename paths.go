@@ -17,7 +17,6 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -328,11 +327,6 @@ func parseEndpoint(s string) (string, error) {
 	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
 	}
-	if port := u.Port(); port != "" {
-		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-			return "", errors.New("api_endpoint has a port that is not 1 to 65535")
-		}
-	}
 	ip := net.ParseIP(u.Hostname())
 	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 	switch {
@@ -475,21 +469,6 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 	}
 	b.report(ctx, req, "role-delete", nil, "name", name)
 	return nil, nil
-}
-
-// getRoles reads all roles.
-func getRoles(ctx context.Context, s logical.Storage) (roles []*role, err error) {
-	names, err := s.List(ctx, rolePrefix)
-	for _, name := range names {
-		r, err := getRole(ctx, s, name)
-		if err != nil {
-			return nil, err
-		}
-		if r != nil {
-			roles = append(roles, r)
-		}
-	}
-	return roles, err
 }
 
 // roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
@@ -762,7 +741,7 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldD
 		ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyExpires: !r.UnexpiringKeys,
 		KeyOnly: r.ServiceAccountID != "", End: endOf(time.Now(), r.MaxTTL).Unix(),
 	}
-	g, err := b.issue(ctx, req, r, l, ttl)
+	key, err := b.issue(ctx, req, r, l, ttl)
 	if !errors.Is(err, errNotConfigured) { // who may read creds must not fill the log
 		b.reportCredential(ctx, req, "issue", l, err)
 	}
@@ -770,21 +749,25 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldD
 		return answerError(err)
 	}
 
+	account := l.Name
+	if l.KeyOnly {
+		account = r.ServiceAccountName
+	}
 	internal := map[string]any{}
 	if err := remarshal(l, &internal); err != nil {
 		return nil, err
 	}
 	resp := b.Secret(secretType).Response(map[string]any{
-		"api_key": g.key.Value, "api_key_id": l.APIKeyID,
-		"service_account": g.account, "service_account_id": l.ServiceAccountID,
+		"api_key": key.Value, "api_key_id": l.APIKeyID,
+		"service_account": account, "service_account_id": l.ServiceAccountID,
 		"project_id": r.ProjectID, "organization_id": l.OrganizationID, "scopes": append([]string{}, r.Scopes...),
-		"expires_at": formatTime(unixTime(g.key.ExpiresAt)),
+		"expires_at": formatTime(unixTime(key.ExpiresAt)),
 	}, internal)
 	resp.Secret.TTL, resp.Secret.MaxTTL = ttl, r.MaxTTL
 	if warning != "" {
 		resp.AddWarning(warning)
 	}
-	if l.KeyExpires && g.key.ExpiresAt == 0 {
+	if l.KeyExpires && key.ExpiresAt == 0 {
 		resp.AddWarning("OpenAI did not take over the key's expiry: only revocation ends this key")
 	}
 	return resp, nil
@@ -808,103 +791,94 @@ func (r *role) leaseTTL(d *fieldData, limit time.Duration) (ttl time.Duration, w
 // errNoUUID is an error of a Vault that does not tell BackendUUID.
 var errNoUUID = errors.New("Vault has given this mount no UUID, from which the names of accounts are made")
 
-// grant is what create has made, besides the ids in its lease.
-type grant struct {
-	account string // its name
-	key     *apiKey
-}
-
 // issue makes a credential whose lease is l, and fills in what l lacks. What a failure leaves at OpenAI is undone.
 func (b *backend) issue(ctx context.Context, req *logical.Request, r *role, l *lease, ttl time.Duration) (
-	g grant, err error) {
+	key *apiKey, err error) {
 	if b.mountID == "" {
-		return g, errNoUUID
+		return nil, errNoUUID
 	}
 	data := nameData{
 		RoleName: l.Role, RandomSuffix: newSuffix(b.mountID, unixTime(l.End)),
 		ProjectID: r.ProjectID, DisplayName: req.DisplayName,
 	}
-	var name string
 	err = b.useClient(ctx, req.Storage, "", func(c *client) (err error) {
 		l.OrganizationID = c.config.OrganizationID
-		name, err = c.credentialName(ctx, r, data)
+		l.Name, err = c.credentialName(ctx, r, data)
 		return err
 	})
 	if err != nil {
-		return g, fmt.Errorf("preparing the credential: %w", err)
+		return nil, fmt.Errorf("preparing the credential: %w", err)
 	}
 	var expiresIn time.Duration
 	if l.KeyExpires {
 		expiresIn = min(ttl+keyGrace, maxKeyLife)
 	}
-	g, err = b.create(ctx, req.Storage, r, name, expiresIn, l)
+	key, err = b.create(ctx, req.Storage, r, expiresIn, l)
 	switch {
 	case err != nil:
-	case unixTime(g.key.CreatedAt).Add(r.MaxTTL + keyGrace - clockTolerance).After(unixTime(l.End)):
+	case unixTime(key.CreatedAt).Add(r.MaxTTL + keyGrace - clockTolerance).After(unixTime(l.End)):
 		err = fmt.Errorf("this machine's clock is behind OpenAI's, which says %s: set it right",
-			formatTime(unixTime(g.key.CreatedAt)))
+			formatTime(unixTime(key.CreatedAt)))
 	case time.Now().Round(0).Add(ttl + keyGrace).After(unixTime(l.End)):
 		err = errors.New("the credential has become too old: the clock was set, or this machine was asleep")
 	default:
 		err = ctx.Err() // Vault drops the answer to a request that has ended
 	}
 	if err != nil {
-		b.undo(ctx, req.Storage, name, l, err)
+		b.undo(ctx, req.Storage, l, err)
 	}
-	return g, err
+	return key, err
 }
 
 // create makes what the role says: a key on an account of its own (one call), a key on an existing account (one
 // call), or an account, its role and its scoped key (three calls), so that a key which is not restricted never
 // exists. l gets the ids of what was made.
-func (b *backend) create(ctx context.Context, s logical.Storage, r *role, name string, expiresIn time.Duration,
-	l *lease) (g grant, err error) {
+func (b *backend) create(ctx context.Context, s logical.Storage, r *role, expiresIn time.Duration, l *lease) (
+	key *apiKey, err error) {
 	step := func(what string, fn func(*client) error) error {
 		if err := b.useClient(ctx, s, l.OrganizationID, fn); err != nil {
 			return fmt.Errorf("creating %s: %w", what, err)
 		}
 		return nil
 	}
-	g.account = r.ServiceAccountName
 	if !l.KeyOnly {
-		g.account = name
 		keyless := len(r.Scopes) > 0
 		err = step("service account", func(c *client) error {
-			account, err := c.createServiceAccount(ctx, r.ProjectID, name, keyless, expiresIn)
+			account, err := c.createServiceAccount(ctx, r.ProjectID, l.Name, keyless, expiresIn)
 			if err == nil {
-				l.ServiceAccountID, g.key = account.ID, account.APIKey
+				l.ServiceAccountID, key = account.ID, account.APIKey
 			}
 			return err
 		})
 		if err == nil && !keyless {
-			l.APIKeyID = g.key.ID
+			l.APIKeyID = key.ID
 		}
 		if err != nil || !keyless {
-			return g, err
+			return key, err
 		}
 		err = step("role of service account", func(c *client) error {
 			return c.setServiceAccountRole(ctx, r.ProjectID, l.ServiceAccountID, cmp.Or(r.ServiceAccountRole, "member"))
 		})
 		if err != nil {
-			return g, err
+			return nil, err
 		}
 	}
 	err = step("API key", func(c *client) (err error) {
-		if g.key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, name, r.Scopes, expiresIn); err == nil {
-			l.APIKeyID = g.key.ID
+		if key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, l.Name, r.Scopes, expiresIn); err == nil {
+			l.APIKeyID = key.ID
 		}
 		return err
 	})
-	return g, err
+	return key, err
 }
 
 // undo sees to it that nothing stays of a create that failed with cause: what is known by its id is deleted at once,
 // or remembered in storage; else, if OpenAI may have made something, its name is remembered in memory. It also works
 // when ctx has ended.
-func (b *backend) undo(ctx context.Context, s logical.Storage, name string, l *lease, cause error) {
+func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, cause error) {
 	if l.id() == "" {
 		if !notDone(cause) {
-			b.addLost(name, l)
+			b.addLost(l)
 		}
 		return
 	}
@@ -917,7 +891,7 @@ func (b *backend) undo(ctx context.Context, s logical.Storage, name string, l *l
 	storeCtx, cancel := context.WithTimeout(ctx, undoTimeout/2)
 	defer cancel()
 	if _, err := b.addCleanup(storeCtx, s, l, 0); err != nil {
-		b.addLost(name, l)
+		b.addLost(l)
 	}
 }
 
@@ -1075,13 +1049,13 @@ const (
 	maxErrors     = 10               // texts in it
 )
 
-func (b *backend) addLost(name string, l *lease) {
+func (b *backend) addLost(l *lease) {
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
 	if len(b.lost) < maxLost {
-		b.lost[name] = lostCreate{*l, time.Now()}
+		b.lost[l.Name] = lostCreate{*l, time.Now()}
 	} else {
-		b.Logger().Error("too many lost creates: this one stays until its end", "name", name, "project_id", l.ProjectID)
+		b.Logger().Error("too many lost creates: this one stays until its end", "name", l.Name)
 	}
 }
 
@@ -1132,11 +1106,11 @@ func (p *pass) wants(name string) bool {
 // due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
 // tidyMargin.
 func (p *pass) due(c *credential) bool {
-	if _, ok := p.lost[c.name]; ok {
+	if _, ok := p.lost[c.Name]; ok {
 		return true
 	}
 	p.undated = p.undated || c.at.IsZero()
-	_, end, _ := parseName(c.name)
+	_, end, _ := parseName(c.Name)
 	return end.Add(tidyMargin).Before(c.at)
 }
 
@@ -1177,15 +1151,16 @@ func (b *backend) keepUp(ctx context.Context, s logical.Storage, p *pass) {
 	}
 }
 
-// tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since this moment.
+// tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
 func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *credential) error {
-	var err error
-	var roles []*role
-	if !l.KeyOnly {
-		roles, err = getRoles(ctx, s)
+	names, err := s.List(ctx, rolePrefix)
+	for i := 0; err == nil && !l.KeyOnly && i < len(names); i++ {
+		var r *role
+		if r, err = getRole(ctx, s, names[i]); r != nil && r.ServiceAccountID == l.id() {
+			return nil
+		}
 	}
-	named := func(r *role) bool { return r.ServiceAccountID == l.id() }
-	if err != nil || slices.ContainsFunc(roles, named) {
+	if err != nil {
 		return err
 	}
 	if !p.dryRun {
@@ -1197,10 +1172,10 @@ func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *cr
 		return err
 	}
 	p.deleted++
-	b.Logger().Info("deleted what was left behind", "name", l.name, "project_id", l.ProjectID, "id", l.id())
+	b.Logger().Info("deleted what was left behind", "name", l.Name, "project_id", l.ProjectID, "id", l.id())
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
-	delete(b.lost, l.name)
+	delete(b.lost, l.Name)
 	return nil
 }
 

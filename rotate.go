@@ -30,7 +30,6 @@ const (
 	maxProofWait   = 2 * time.Second  // between two tries of that
 	minRotateRetry = time.Minute      // after a scheduled rotation failed, doubling
 	maxRotateRetry = time.Hour
-	expiryWarning  = 7 * 24 * time.Hour // how long before the admin key expires the log warns, once an hour
 
 	// creatingRest is how long a key in Creating is left alone: another node may still be making it.
 	creatingRest = 2 * time.Minute
@@ -420,20 +419,11 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	}
 	now := time.Now()
 	next := cfg.nextRotation(now)
-	if cfg.RotationManager == managerPlugin && !next.IsZero() && !now.Before(next) && !now.Before(b.retryRotation) {
-		if rotated, err := b.rotate(ctx, req, managerPlugin); err == nil {
-			cfg = rotated
-		} else {
-			b.retryRotation = now.Add(min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry))
-			b.rotationFailures++
-		}
+	if cfg.RotationManager != managerPlugin || next.IsZero() || now.Before(next) || now.Before(b.retryRotation) {
+		return
 	}
-	// A key with a short admin_key_ttl always ends soon: no harm while its successor is on time.
-	next = cfg.nextRotation(now)
-	onTime := !next.IsZero() && next.Before(cfg.AdminKeyExpires) && now.Sub(next) < time.Hour
-	end := cfg.AdminKeyExpires
-	if !end.IsZero() && end.Sub(now) < expiryWarning && !onTime && now.Sub(b.expiryWarned) > time.Hour {
-		b.expiryWarned = now
-		b.Logger().Warn("the admin API key expires soon: rotate or replace it", "expires_at", formatTime(end))
+	if _, err := b.rotate(ctx, req, managerPlugin); err != nil {
+		b.retryRotation = now.Add(min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry))
+		b.rotationFailures++
 	}
 }
