@@ -1044,9 +1044,10 @@ const (
 	passInterval  = time.Hour        // between the starts of two full passes
 	retryInterval = 10 * time.Minute // likewise, after one that failed
 	passTimeout   = 50 * time.Minute
-	tidyWait      = 30 * time.Second // so long a pass by hand is waited for
-	maxListed     = 100              // ids in an answer of tidy
-	maxErrors     = 10               // texts in it
+	_             = uint(75*time.Minute - tidyMargin - passInterval - time.Minute) // what README promises
+	tidyWait      = 30 * time.Second                                               // so long a pass by hand is waited for
+	maxListed     = 100                                                            // ids in an answer of tidy
+	maxErrors     = 10                                                             // texts in it
 )
 
 func (b *backend) addLost(l *lease) {

@@ -377,8 +377,9 @@ func TestCluster(t *testing.T) {
 
 // documented are the paths and fields that users may rely on.
 var documented = map[string][]string{
-	"config": {"admin_api_key", "admin_api_key_id", "organization_id", "api_endpoint", "verify_connection", "rotation_period",
-		"rotation_schedule", "rotation_window", "rotation_policy", "disable_automated_rotation", "admin_key_ttl"},
+	"config": {"admin_api_key", "admin_api_key_id", "organization_id", "api_endpoint", "ca_certificate", "client_certificate",
+		"client_key", "verify_connection", "rotation_period", "rotation_schedule", "rotation_window", "rotation_policy",
+		"disable_automated_rotation", "admin_key_ttl"},
 	"config/rotate": {},
 	"roles":         {},
 	"roles/{name}": {"project_id", "service_account_name_template", "service_account_description", "ttl", "max_ttl",

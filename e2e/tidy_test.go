@@ -255,8 +255,8 @@ func TestTidy(t *testing.T) {
 	})
 }
 
-// A mount that is disabled while OpenAI refuses to delete leaves accounts; another mount
-// deletes them when they are past their end.
+// A mount that is disabled while OpenAI refuses to delete, or refuses its admin key, leaves
+// accounts; another mount lists and deletes them when they are past their end.
 func TestTidyAfterDisabledMount(t *testing.T) {
 	t.Parallel()
 	for _, version := range harness.Versions {
@@ -298,11 +298,32 @@ func TestTidyAfterDisabledMount(t *testing.T) {
 			if got := len(e.accounts()); got != len(left)+1 {
 				t.Errorf("accounts before their end: got %d, want %d", got, len(left)+1)
 			}
-			other.awaitDue(e.lastEnd(left))
+			dead, ended := other.doomed("dead", 8, "ttl=30s", "max_ttl=30s")
+			deadID, abandoned := dead.mountID(), map[string]bool{}
+			for _, c := range ended {
+				abandoned[c.accountID] = true
+			}
+			dead.disable(6)
+
+			due := e.accounts()
+			delete(due, held.accountID)
+			other.awaitDue(e.lastEnd(due))
 			if answer := other.tidy(); answer["found"] != 1.0 || answer["deleted"] != 0.0 {
 				t.Errorf("tidy of its own: got %v, want 1 found and none deleted", answer)
 			}
 			check(other.tidy("mount_id", id), len(left))
+			answer, listed := other.tidy("mount_id", deadID, "dry_run", true), map[string]bool{}
+			for _, id := range answer["leftover"].([]any) {
+				listed[id.(string)] = true
+			}
+			if !maps.Equal(listed, abandoned) || answer["deleted"] != 0.0 {
+				t.Errorf("dry run with a dead mount's id: got %v, want %d left over and none deleted", answer, len(abandoned))
+			}
+			for _, c := range ended {
+				other.mustWork(c, false) // its expiry is over
+			}
+			id = deadID
+			check(other.tidy("mount_id", id), len(abandoned))
 			if got, want := e.accounts(), map[string]bool{held.accountID: true}; !maps.Equal(got, want) {
 				t.Errorf("accounts at the end: got %v, want %v", got, want)
 			}

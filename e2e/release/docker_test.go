@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math/big"
 	"net"
 	"net/http/httptest"
@@ -105,11 +106,12 @@ func testContainer(t *testing.T, dir string) {
 	// OpenAI stands on the address that containers have of this machine.
 	address := bridgeAddress(t)
 	o, bundle := startTLSOpenAI(t, dir, address, address)
+	m := startMutualOpenAI(t, address, address)
 	user := containerUser{"65532:65532", 65532}
 	buildImage(t, e, dir, bundle, user, "v0.1.0", otherArch) // the next one takes its tag
 	images := buildImages(t, e, dir, bundle, user)
 
-	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", user, images, o) })
+	t.Run("runc", func(t *testing.T) { testRuntime(t, e, dir, "runc", user, images, o, m) })
 	t.Run("runsc", func(t *testing.T) {
 		// Alone, the plugin says what it is. A runsc that is too old for this kernel can't
 		// even do that, which is no fault of the plugin's.
@@ -117,7 +119,7 @@ func testContainer(t *testing.T, dir string) {
 		if !strings.Contains(string(out), "This binary is a plugin") {
 			t.Skipf("SKIPPED: gVisor's runsc does not work here: the plugin in gVisor is NOT tested: %s", out)
 		}
-		testRuntime(t, e, dir, "runsc", user, images, o)
+		testRuntime(t, e, dir, "runsc", user, images, o, m)
 	})
 }
 
@@ -126,8 +128,9 @@ func testRootlessContainer(t *testing.T, dir string) {
 	e := startRootlessDocker(t, dir)
 	// Its containers reach this machine's loopback at slirp4netns' address for it.
 	o, bundle := startTLSOpenAI(t, dir, "127.0.0.1", "10.0.2.2")
+	m := startMutualOpenAI(t, "127.0.0.1", "10.0.2.2")
 	user := containerUser{"0:0", vaultID}
-	testRuntime(t, e, dir, "runc", user, buildImages(t, e, dir, bundle, user), o)
+	testRuntime(t, e, dir, "runc", user, buildImages(t, e, dir, bundle, user), o, m)
 }
 
 // startTLSOpenAI runs a simulated OpenAI on an address that containers reach as another. It
@@ -140,16 +143,55 @@ func startTLSOpenAI(t *testing.T, dir, address, reached string) (o *openAI, bund
 	if err := os.WriteFile(bundle, authority, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	o = startOpenAI(t, func(s *httptest.Server) {
+	return startOpenAIAt(t, address, reached, &tls.Config{Certificates: []tls.Certificate{certificate}}), bundle
+}
+
+// startOpenAIAt runs a simulated OpenAI on an address that its clients reach as another.
+func startOpenAIAt(t *testing.T, address, reached string, config *tls.Config) *openAI {
+	t.Helper()
+	o := startOpenAI(t, func(s *httptest.Server) {
 		s.Listener.Close()
 		var err error
 		if s.Listener, err = net.Listen("tcp", net.JoinHostPort(address, "0")); err != nil {
 			t.Fatal(err)
 		}
-		s.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
+		s.TLS, s.Config.ErrorLog = config, log.New(io.Discard, "", 0)
 	})
 	o.url = strings.Replace(o.url, address, reached, 1)
-	return o, bundle
+	return o
+}
+
+// mutualOpenAI is a simulated OpenAI that demands a client certificate. No image trusts the
+// authority that signed its own.
+type mutualOpenAI struct {
+	*openAI
+	*harness.MutualTLS
+}
+
+// startMutualOpenAI runs one on an address that containers reach as another.
+func startMutualOpenAI(t *testing.T, address, reached string) mutualOpenAI {
+	t.Helper()
+	m, err := harness.NewMutualTLS(reached)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return mutualOpenAI{startOpenAIAt(t, address, reached, m.Server), m}
+}
+
+// takeOver has the mount use it: only config's fields can bring the certificates into a container.
+func (m mutualOpenAI) takeOver(v vault) {
+	v.t.Helper()
+	for want, more := range map[string][]string{"unknown authority": nil, "client_certificate": {"ca_certificate=" + m.CA}} {
+		if result := v.CLI(v.t.Context(), append([]string{"write"}, m.config(more...)...)...); result.Code == 0 || !strings.Contains(result.Stderr, want) {
+			v.t.Errorf("config without the certificates: got %d and %q, want an error that says %q", result.Code, harness.Mask(result.Stderr), want)
+		}
+	}
+	m.configure(v, "ca_certificate="+m.CA, "client_certificate="+m.Certificate, "client_key="+m.ClientKey)
+	c := v.issue()
+	m.wantAccounts(v.t, c)
+	v.cli("lease", "renew", c.Lease)
+	v.cli("lease", "revoke", "-sync", c.Lease)
+	m.wantAccounts(v.t)
 }
 
 // buildImages builds both versions for this machine; it returns their ids by version.
@@ -177,7 +219,7 @@ func buildImage(t *testing.T, e engine, dir, bundle string, user containerUser, 
 }
 
 // testRuntime takes a credential's whole way through containers of one OCI runtime.
-func testRuntime(t *testing.T, e engine, dir, oci string, user containerUser, images map[string]string, o *openAI) {
+func testRuntime(t *testing.T, e engine, dir, oci string, user containerUser, images map[string]string, o *openAI, m mutualOpenAI) {
 	// The server's own files are root's until it is started.
 	wrapper := filepath.Join(dir, "vault-"+oci)
 	text := fmt.Sprintf("#!/bin/sh\nchown -R %[1]d:%[1]d \"${HOME%%/*}\"\nDOCKER_HOST=%[2]s exec setpriv --reuid %[1]d --regid %[1]d --clear-groups %[3]s \"$@\"\n",
@@ -224,6 +266,7 @@ func testRuntime(t *testing.T, e engine, dir, oci string, user containerUser, im
 	o.wantAccounts(t)
 
 	upAndDown(t, v, o)
+	m.takeOver(v)
 	v.cli("secrets", "disable", "openai/")
 }
 

@@ -262,12 +262,18 @@ func (o *openAI) userAgent() string {
 	return o.agent
 }
 
-// configure writes the mount's config and the role app.
-func (o *openAI) configure(v vault) {
+// configure writes the mount's config, with more fields, and the role app.
+func (o *openAI) configure(v vault, more ...string) {
 	v.t.Helper()
-	key, _ := o.AdminKey()
-	v.cli("write", "openai/config", "admin_api_key="+key, "organization_id="+openaisim.DefaultOrganization, "api_endpoint="+o.url)
+	v.cli(append([]string{"write"}, o.config(more...)...)...)
 	v.cli("write", "openai/roles/app", "project_id="+openaisim.DefaultProject)
+}
+
+// config are the arguments of vault write for the mount's config.
+func (o *openAI) config(more ...string) []string {
+	key, _ := o.AdminKey()
+	return append([]string{"openai/config", "admin_api_key=" + key, "organization_id=" + openaisim.DefaultOrganization,
+		"api_endpoint=" + o.url}, more...)
 }
 
 // wantAccounts checks which service accounts the project has.
