@@ -218,7 +218,7 @@ func TestTidy(t *testing.T) {
 		text := e.scrape("X-Vault-Token", v.Token)
 		for _, line := range []string{
 			fmt.Sprintf("vault_openai_tidy_deletions_total{result=\"success\"} %d\n", len(due)+len(lost)),
-			"vault_openai_tidy_passes_total{result=\"success\"} 5\n", "vault_openai_tidy_passes_total{result=\"failure\"} 0\n",
+			"vault_openai_tidy_passes_total{result=\"success\"} 2\n", "vault_openai_tidy_passes_total{result=\"failure\"} 0\n",
 		} {
 			if !strings.Contains(text, line) {
 				t.Errorf("metrics lack %q", line)
