@@ -486,7 +486,7 @@ type family struct {
 var families = []family{
 	{"credential_operations_total", "counter", "Credentials issued, renewed and revoked.",
 		[]string{"role", "operation", "result"}},
-	{"revocations_handed_over_total", "counter", "Revocations taken over from Vault after repeated failures.", nil},
+	{"revocations_handed_over_total", "counter", "Revocations that the plugin took over from Vault.", nil},
 	{"api_requests_total", "counter", "Requests sent to OpenAI, retries included, by HTTP status; error: no answer.",
 		[]string{"operation", "status"}},
 	{"api_request_duration_seconds", "histogram", "Duration of a request to OpenAI.", []string{"operation"}},

@@ -1036,7 +1036,7 @@ func TestConfigMissing(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		for range 30 {
 			l := e.lease("web")
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: 403})
+			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: 400})
 			same(t, "revocation failed", e.Revoke(l) != nil, true)
 		}
 		e.op(logical.DeleteOperation, "config", nil)
@@ -1138,9 +1138,9 @@ func TestRoleProof(t *testing.T) {
 		{"project_id", "proj_archived", 1, "project_id|proj_archived|archived", ""},
 		{"service_account_id", "app member", 2, "", ""}, {"service_account_id", "svc_x", 2, "service_account_id|svc_x", ""},
 		{"service_account_id", "app none", 2, "", "no role in the project"},
-		{"service_account_id", "web-" + own + " member", 2, "", "this mount|when that lease ends"},
+		{"service_account_id", "web-" + own + " member", 2, "", "Vault mount|when that lease ends"},
 		{"service_account_id", "web-" + own + "- member", 2, "", ""},
-		{"service_account_id", "web-b" + own[1:] + " member", 2, "", ""}, // of another mount
+		{"service_account_id", "web-b" + own[1:] + " member", 2, "", "Vault mount"}, // another one
 	} {
 		e := newConfiguredEnv(t)
 		e.b().mountID = "aaaaaa"
@@ -1306,11 +1306,7 @@ func FuzzNameTemplate(f *testing.F) {
 		f.Add("web", template, "token")
 		f.Add("w.e-b_1", template, "oidc-Jané\x00{{.X}}-abc234gzzzz234567ab"+strings.Repeat("long", 40))
 	}
-	unbounded := regexp.MustCompile(`range|define|template|block|print|html|js|urlquery|replace|base64.*64|random.*\d{3}`)
 	f.Fuzz(func(t *testing.T, role, template, who string) {
-		if unbounded.MatchString(template) {
-			return // who writes a role can make these as large as memory
-		}
 		suffix := newSuffix("abc234", time.Now())
 		name, err := renderName(template, nameData{RoleName: role, RandomSuffix: suffix, ProjectID: "proj", DisplayName: who})
 		if err == nil && !regexp.MustCompile(`^[A-Za-z0-9_-]{1,44}-`+suffix+`$`).MatchString(name) {

@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -145,6 +146,16 @@ func (l *lane) turn(ctx context.Context, held bool) (keeps bool, err error) {
 	return false, err
 }
 
+// cause returns what a call waited for whose time is up.
+func (l *lane) cause() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.until) < time.Minute {
+		return errRateLimit
+	}
+	return errOtherCalls
+}
+
 // passed counts an attempt that met no rate limit: the pace quickens.
 func (l *lane) passed() {
 	l.mu.Lock()
@@ -228,7 +239,7 @@ func (e *apiError) Error() string {
 	if e.RequestID != "" {
 		text += " (request id " + e.RequestID + ")"
 	}
-	if e.Status == http.StatusForbidden {
+	if e.Status == http.StatusForbidden && e.Type != "" {
 		text += "; the admin API key needs Organization Administration: Write"
 	}
 	return text
@@ -271,7 +282,7 @@ func notDone(err error) bool {
 }
 
 var (
-	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+`)
+	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+|eyJ[\w-]+\.[\w-]+\.[\w-]*`) // keys and JWTs
 	pemPattern = regexp.MustCompile(`(?s)-----BEGIN.*`)
 	// certificateRefused is how a TLS 1.3 handshake fails that a server ends after we have sent, before it reads that.
 	certificateRefused = regexp.MustCompile(`remote error: tls: .*certificate|client conn could not be established`)
@@ -334,7 +345,7 @@ func (c *client) do(ctx context.Context, op call) error {
 	case <-l.slots:
 		defer func() { l.slots <- struct{}{} }()
 	case <-ctx.Done():
-		return waiting(errOtherCalls, ctx.Err())
+		return waiting(l.cause(), ctx.Err())
 	}
 	var last error
 	backoff, held := minBackoff, false
@@ -348,7 +359,7 @@ func (c *client) do(ctx context.Context, op call) error {
 		var err error
 		held, err = l.turn(ctx, held)
 		if err != nil && (last == nil || isStatus(last, http.StatusTooManyRequests)) {
-			return waiting(errRateLimit, err)
+			return waiting(l.cause(), err)
 		} else if err != nil {
 			return last
 		}
@@ -422,7 +433,7 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	}
 	req, err := http.NewRequestWithContext(ctx, op.method, c.config.APIEndpoint+op.path, body)
 	if err != nil {
-		return fmt.Errorf("making request: %w", err)
+		return &apiError{Message: "making the request failed", err: err}
 	}
 	req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
 	req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
@@ -432,7 +443,10 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	}
 
 	sent := false // before there is a connection, through proxy and TLS, nothing is
-	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { sent = true }}
+	trace := &httptrace.ClientTrace{
+		GetConn: func(string) { sent = false }, // again, when the one that it got was dead
+		GotConn: func(httptrace.GotConnInfo) { sent = true },
+	}
 	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
 		return c.noAnswer(err, sent)
@@ -466,8 +480,11 @@ func (c *client) noAnswer(err error, sent bool) error {
 	} else {
 		text += c.clean(err.Error())
 	}
-	if certificateRefused.MatchString(text) {
+	switch {
+	case certificateRefused.MatchString(text):
 		text, sent = text+"; check client_certificate", false
+	case !sent:
+		text += ", before there was a connection"
 	}
 	return &apiError{Message: text, err: err, sent: sent}
 }
@@ -840,7 +857,14 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 		if settings.RootCAs == nil {
 			settings.RootCAs = x509.NewCertPool()
 		}
-		if !settings.RootCAs.AppendCertsFromPEM([]byte(cfg.CACertificate)) {
+		count := 0
+		for block, rest := pem.Decode([]byte(cfg.CACertificate)); block != nil; block, rest = pem.Decode(rest) {
+			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil {
+				settings.RootCAs.AddCert(certificate)
+				count++
+			}
+		}
+		if count == 0 || count != strings.Count(cfg.CACertificate, "-----BEGIN") {
 			return nil, errors.New("ca_certificate must be certificates in PEM")
 		}
 	}

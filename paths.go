@@ -17,6 +17,7 @@ import (
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -203,7 +204,9 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	if cfg.AdminAPIKey != was.AdminAPIKey {
 		cfg.LastRotatedTime = time.Now()
 		if was.Rotated {
-			resp.AddWarning("a rotation made the replaced admin API key, it is still at OpenAI: " + was.AdminAPIKeyID)
+			text := "a rotation made the replaced admin API key, it is still at OpenAI: " + was.AdminAPIKeyID
+			resp.AddWarning(text)
+			b.Logger().Warn(text)
 		}
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
@@ -296,9 +299,9 @@ func (cfg *config) update(d *fieldData) error {
 		return err
 	}
 	// Who may write config but does not know the key must not get it sent to himself.
-	moved := cfg.APIEndpoint != was.APIEndpoint || cfg.CACertificate != was.CACertificate ||
+	moved := cfg.APIEndpoint != cmp.Or(was.APIEndpoint, defaultEndpoint) || cfg.CACertificate != was.CACertificate ||
 		cfg.ClientCertificate != was.ClientCertificate || cfg.ClientKey != was.ClientKey
-	if was.APIEndpoint != "" && moved && !keyGiven {
+	if was.AdminAPIKey != "" && moved && !keyGiven {
 		return errors.New("api_endpoint, ca_certificate, client_certificate and client_key can only be changed " +
 			"together with admin_api_key, which would be sent there")
 	}
@@ -326,6 +329,11 @@ func parseEndpoint(s string) (string, error) {
 	u, err := url.Parse(s)
 	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
+	}
+	if port := u.Port(); port != "" {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return "", errors.New("api_endpoint has a port that is not 1 to 65535")
+		}
 	}
 	ip := net.ParseIP(u.Hostname())
 	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
@@ -542,8 +550,8 @@ func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to 
 			if account.Role == "none" {
 				to.AddWarning("service_account_id has no role in the project, so that its keys can do nothing")
 			}
-			if tag, _, ok := parseName(account.Name); ok && tag == b.mountID {
-				to.AddWarning("this mount made service_account_id for a lease, and deletes it when that lease ends")
+			if _, _, ok := parseName(account.Name); ok {
+				to.AddWarning("a Vault mount made service_account_id for a lease, and deletes it when that lease ends")
 			}
 		}
 		return err
@@ -626,7 +634,8 @@ type nameData struct {
 var (
 	invalidInName = regexp.MustCompile(`[^A-Za-z0-9_-]+`)
 	// endlessTemplate matches what lets a short template run for long, or write much. One process serves all mounts.
-	endlessTemplate = regexp.MustCompile(`(?s)\{\{.*\b(range|define|template|block|print\w*)\b`)
+	endlessTemplate = regexp.MustCompile(`(?s)\{\{.*\b(range|define|template|block|print\w*|html|js|urlquery)\b|` +
+		`base64.*base64`)
 )
 
 const maxTemplateLength = 256 // bytes
@@ -650,7 +659,7 @@ func boundedReplace(find, replacement, s string) (string, error) {
 // becomes -, and what is too long is cut before the suffix.
 func renderName(raw string, data nameData) (string, error) {
 	if len(raw) > maxTemplateLength || endlessTemplate.MatchString(raw) {
-		return "", errors.New("must be at most 256 bytes, without range, define, template, block or print")
+		return "", errors.New("must be at most 256 bytes, without range, define, template, print, html, js, urlquery")
 	}
 	t, err := template.NewTemplate(template.Template(raw),
 		template.Function("random", boundedRandom), template.Function("replace", boundedReplace))
@@ -948,6 +957,11 @@ func (b *backend) credRenew(ctx context.Context, req *logical.Request, _ *fieldD
 	return &logical.Response{Secret: req.Secret}, nil
 }
 
+// adminKeyRefused tells whether err is the same for all that the admin key does, or there is none.
+func adminKeyRefused(err error) bool {
+	return errors.Is(err, errNotConfigured) || isStatus(err, http.StatusUnauthorized, http.StatusForbidden)
+}
+
 // maxRevokeFailures is after how many failures the plugin takes a revocation over. Vault gives up at its sixth, and
 // would then try once a day. A revocation whose turn did not come at a rate limit is taken over at once: Vault's tries
 // would only stand in the queue.
@@ -964,14 +978,14 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *field
 	defer cancel()
 	err = b.revokeAtOpenAI(callCtx, req.Storage, l)
 	b.reportCredential(ctx, req, "revoke", l, err)
-	if !isStatus(err, http.StatusUnauthorized) {
+	if !adminKeyRefused(err) {
 		b.refusals.Store(0)
 	}
 	if err == nil {
 		return nil, nil
 	}
 	failures, cleanupErr := b.addCleanup(ctx, req.Storage, l, 1)
-	if isStatus(err, http.StatusUnauthorized) {
+	if adminKeyRefused(err) {
 		failures = max(failures, int(b.refusals.Add(1))) // it is the same for each lease of the mount
 	}
 	limited := errors.Is(err, errRateLimit) || isStatus(err, http.StatusTooManyRequests)
@@ -1003,8 +1017,7 @@ func (b *backend) sweep(ctx context.Context, s logical.Storage) {
 		err := b.sweepOne(ctx, s, id)
 		failed = cmp.Or(failed, err)
 		var e *apiError
-		if answered := errors.As(err, &e); answered && !isRefused(err) || isStatus(err, http.StatusUnauthorized) ||
-			errors.Is(err, errNotConfigured) || ctx.Err() != nil {
+		if errors.As(err, &e) && !isRefused(err) || adminKeyRefused(err) || ctx.Err() != nil {
 			break // it is the same for all
 		}
 	}
@@ -1044,10 +1057,12 @@ const (
 	passInterval  = time.Hour        // between the starts of two full passes
 	retryInterval = 10 * time.Minute // likewise, after one that failed
 	passTimeout   = 50 * time.Minute
-	_             = uint(75*time.Minute - tidyMargin - passInterval - time.Minute) // what README promises
-	tidyWait      = 30 * time.Second                                               // so long a pass by hand is waited for
-	maxListed     = 100                                                            // ids in an answer of tidy
-	maxErrors     = 10                                                             // texts in it
+	tidyWait      = 30 * time.Second // so long a pass by hand is waited for
+	maxListed     = 100              // ids in an answer of tidy
+	maxErrors     = 10               // texts in it
+
+	// README promises that nothing of a name stays for longer after its end, a pass's own time apart.
+	_ = uint(75*time.Minute - tidyMargin - passInterval - time.Minute)
 )
 
 func (b *backend) addLost(l *lease) {
@@ -1118,11 +1133,11 @@ func (p *pass) due(c *credential) bool {
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
-	var found []credential
+	b.keepUp(ctx, s, p)
+	var found, list []credential
 	for _, keys := range []bool{false, true} {
-		err := b.useClient(ctx, s, organization, func(c *client) error {
-			list, err := c.credentialsNamed(ctx, id, keys, p.wants)
-			if found = append(found, list...); c.projectGone(ctx, id, err) {
+		err := b.useClient(ctx, s, organization, func(c *client) (err error) {
+			if list, err = c.credentialsNamed(ctx, id, keys, p.wants); c.projectGone(ctx, id, err) {
 				return nil
 			}
 			return err
@@ -1130,8 +1145,8 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 		if err != nil {
 			return fmt.Errorf("project %s: %w", id, err)
 		}
+		found = append(found, list...)
 	}
-	b.keepUp(ctx, s, p)
 	inUse := map[string]bool{} // accounts, by their ids
 	for _, c := range found {
 		inUse[c.ServiceAccountID] = inUse[c.ServiceAccountID] || c.KeyOnly && !p.due(&c)
