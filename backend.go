@@ -324,10 +324,9 @@ type backend struct {
 
 	lifetime context.Context      // ends with Clean
 	lastPass atomic.Pointer[pass] // the last full pass of tidy that ended; nil: none
-	// passMu is held while tidy works in the background, and for good after Clean. It guards:
-	passMu       sync.Mutex
-	nextPass     time.Time // when a full pass begins
-	knownDeleted time.Time // when deleteKnown was last called
+	knownMu  sync.Mutex           // held while deleteKnown runs, and for good after Clean
+	passMu   sync.Mutex           // likewise, for a full pass of tidy; guards nextPass
+	nextPass time.Time            // when the next one begins
 }
 
 // Factory makes the backend of a mount. Vault also calls it to register the plugin, without storage, system view or
@@ -351,7 +350,8 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b.lifetime = lifetime
 	clean := sync.OnceFunc(func() {
 		stop()
-		b.passMu.Lock() // waits for a pass to end, and keeps others from beginning
+		b.knownMu.Lock() // waits for what runs to end, and keeps more from beginning
+		b.passMu.Lock()
 	})
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,

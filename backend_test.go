@@ -205,8 +205,10 @@ func (e *env) have(accounts, keys int, when string) {
 
 // idle waits until nothing works in the background any more.
 func (e *env) idle() {
-	e.b().passMu.Lock()
-	defer e.b().passMu.Unlock()
+	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu} {
+		mu.Lock()
+		defer mu.Unlock()
+	}
 }
 
 // noSecrets fails the test if text holds anything like a key.
@@ -2283,10 +2285,12 @@ func (e *env) names(projects ...string) map[string]string {
 
 // quiet lets time pass until nothing works in the background any more.
 func (e *env) quiet() {
-	for !e.b().passMu.TryLock() {
-		time.Sleep(100 * time.Millisecond)
+	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu} {
+		for !mu.TryLock() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		mu.Unlock()
 	}
-	e.b().passMu.Unlock()
 }
 
 // look makes one tick, which must not take time, and waits for what it has begun.
@@ -2929,7 +2933,7 @@ func TestTidyEnds(t *testing.T) {
 		e.Restart()
 		e.equal("time until the process has ended", time.Since(start), 0*time.Second)
 		synctest.Wait()
-		e.equal("a pass begins after Clean", old.inBackground(func(context.Context) {}) != nil, false)
+		e.equal("a pass begins after Clean", old.inBackground(&old.passMu, func(context.Context) {}) != nil, false)
 	})
 }
 
@@ -3495,7 +3499,8 @@ func TestRotateFaults(t *testing.T) {
 					e.keyWorks("at a step")
 					e.equal("storage", e.Storage.Keys(""), "[config roles/]")
 				}
-				b.passMu.Lock() // nothing in the background takes a step
+				b.knownMu.Lock() // nothing in the background takes a step
+				b.passMu.Lock()
 				reached = e.atStep(fault, at, each, func(ctx context.Context) {
 					resp, err := e.DoContext(ctx, test.op, test.path, nil)
 					e.keyWorks("after the request")
@@ -3505,6 +3510,7 @@ func TestRotateFaults(t *testing.T) {
 					}
 				})
 				b.passMu.Unlock()
+				b.knownMu.Unlock()
 				e.lease("web")
 				e.sim.SetKeyDelay(0)
 				e.Run(5 * time.Minute)
@@ -3658,7 +3664,8 @@ func TestRotateUnderWay(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() { e.ok("config/rotate", nil) })
 		synctest.Wait()
-		e.b().passMu.Lock() // tidy has its own words
+		e.b().knownMu.Lock() // tidy has its own words
+		e.b().passMu.Lock()
 		state := func() string { return fmt.Sprint(e.Log, e.series(), e.Storage.All(), len(e.sim.Calls())) }
 		before := state()
 		for range 3 {
@@ -3668,6 +3675,7 @@ func TestRotateUnderWay(t *testing.T) {
 			t.Errorf("ticks have done something, with log %s", e.Log)
 		}
 		e.b().passMu.Unlock()
+		e.b().knownMu.Unlock()
 		e.sim.SetLatency(0)
 		group.Wait()
 		e.Tick()

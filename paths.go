@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
@@ -1091,8 +1092,8 @@ type pass struct {
 	lost    map[string]lostCreate // creates of this mount that are looked for by their names
 	dryRun  bool
 
-	started, finished time.Time // zero: it is not a full pass
-	projects, found   int       // looked through; accounts and keys with the tag
+	started, finished time.Time
+	projects, found   int // looked through; accounts and keys with the tag
 	deleted, failed   int
 	leftover, errs    []string
 	undated           bool // an answer had no Date
@@ -1133,7 +1134,6 @@ func (p *pass) due(c *credential) bool {
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
-	b.keepUp(ctx, s, p)
 	var found, list []credential
 	for _, keys := range []bool{false, true} {
 		err := b.useClient(ctx, s, organization, func(c *client) (err error) {
@@ -1154,17 +1154,9 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 	for _, c := range found {
 		if c.OrganizationID = organization; p.due(&c) && (c.KeyOnly || !inUse[c.ServiceAccountID]) {
 			p.fail(b.tidyOne(ctx, s, p, &c))
-			b.keepUp(ctx, s, p)
 		}
 	}
 	return nil
-}
-
-// keepUp does each minute of a full pass what ticks can't do meanwhile.
-func (b *backend) keepUp(ctx context.Context, s logical.Storage, p *pass) {
-	if !p.started.IsZero() && !p.dryRun && time.Since(b.knownDeleted) > time.Minute {
-		b.deleteKnown(ctx, s)
-	}
 }
 
 // tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
@@ -1195,15 +1187,16 @@ func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *cr
 	return nil
 }
 
-// inBackground runs work until it is done, passTimeout is over or Clean is called; nil: other work is under way.
-func (b *backend) inBackground(work func(ctx context.Context)) (done chan struct{}) {
-	if !b.passMu.TryLock() {
+// inBackground runs work, which mu keeps from running twice at once, until it is done, passTimeout is over or Clean is
+// called; nil: it runs already.
+func (b *backend) inBackground(mu *sync.Mutex, work func(ctx context.Context)) (done chan struct{}) {
+	if !mu.TryLock() {
 		return nil
 	}
 	done = make(chan struct{})
 	go func() {
 		defer close(done)
-		defer b.passMu.Unlock()
+		defer mu.Unlock()
 		ctx, cancel := context.WithTimeout(b.lifetime, passTimeout)
 		defer cancel()
 		work(ctx)
@@ -1211,13 +1204,13 @@ func (b *backend) inBackground(work func(ctx context.Context)) (done chan struct
 	return done
 }
 
-// tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so
-// outside of Vault's tick, which holds a lock.
+// tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so outside
+// of Vault's tick, which holds a lock.
 func (b *backend) tidyPeriodically(s logical.Storage) {
-	b.inBackground(func(ctx context.Context) {
-		b.deleteKnown(ctx, s)
+	b.inBackground(&b.knownMu, func(ctx context.Context) { b.deleteKnown(ctx, s) })
+	b.inBackground(&b.passMu, func(ctx context.Context) {
 		if _, err := b.getClient(ctx, s); err != nil || time.Now().Before(b.nextPass) {
-			return // err: there is no config
+			return // err: there is no config, or it can't be read
 		}
 		b.nextPass = time.Now().Add(passInterval)
 		if p := b.tidy(ctx, s, &pass{mountID: b.mountID, lost: b.lostSince(lostTime)}, nil); p.failed > 0 {
@@ -1228,7 +1221,6 @@ func (b *backend) tidyPeriodically(s logical.Storage) {
 
 // deleteKnown works the clean-up entries off and looks for creates that were lost lately.
 func (b *backend) deleteKnown(ctx context.Context, s logical.Storage) {
-	b.knownDeleted = time.Now()
 	b.sweep(ctx, s)
 	p := &pass{lost: b.lostSince(searchTime)}
 	projects := map[string]string{} // organizations by project
@@ -1335,7 +1327,7 @@ func (b *backend) tidyWrite(ctx context.Context, req *logical.Request, d *fieldD
 		p.lost = b.lostSince(lostTime)
 	}
 	s := req.Storage
-	done := b.inBackground(func(ctx context.Context) { b.tidy(ctx, s, p, ids) })
+	done := b.inBackground(&b.passMu, func(ctx context.Context) { b.tidy(ctx, s, p, ids) })
 	if done == nil {
 		return logical.ErrorResponse("a pass is under way: read tidy, and try again when it has ended"), nil
 	}
