@@ -4435,6 +4435,30 @@ func TestRealNothingSent(t *testing.T) {
 	}
 }
 
+// TestRealCertificateDemanded: where OpenAI demands a client certificate and the mount has none, nothing was sent,
+// although a TLS 1.3 client learns that only after it has its connection.
+func TestRealCertificateDemanded(t *testing.T) {
+	authority, _ := newCertificate(t)
+	address, ca := serveTLS(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		t.Error("a request came through")
+	}), authority)
+	e := newEnv(t)
+	e.overNetwork(nil)
+	e.configure(body{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
+	var group sync.WaitGroup
+	for range 12 {
+		group.Go(func() {
+			if _, err := e.Issue("creds/web", nil); err == nil {
+				t.Error("a credential without a connection")
+			}
+		})
+	}
+	group.Wait()
+	if got := len(e.b().lost); got != 0 {
+		t.Errorf("creates taken for perhaps done: got %d, want none", got)
+	}
+}
+
 // tally returns how many calls of a method met service accounts, and how many of these a rate limit refused.
 func (e *env) tally(method string) (calls, limited int) {
 	for _, c := range e.sim.Calls() {

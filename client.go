@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -23,6 +24,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 
@@ -443,13 +445,17 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	}
 
 	sent := false // before there is a connection, through proxy and TLS, nothing is
+	var wrote atomic.Bool
 	trace := &httptrace.ClientTrace{
 		GetConn: func(string) { sent = false }, // again, when the one that it got was dead
 		GotConn: func(httptrace.GotConnInfo) { sent = true },
+
+		WroteRequest: func(info httptrace.WroteRequestInfo) { wrote.Store(info.Err == nil) },
 	}
 	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		return c.noAnswer(err, sent)
+		var n *net.OpError // a server may refuse a TLS 1.3 client after that has its connection
+		return c.noAnswer(err, sent && (wrote.Load() || !errors.As(err, &n) || n.Op != "write"))
 	}
 	defer resp.Body.Close()
 	status = strconv.Itoa(resp.StatusCode)
@@ -484,7 +490,7 @@ func (c *client) noAnswer(err error, sent bool) error {
 	case certificateRefused.MatchString(text):
 		text, sent = text+"; check client_certificate", false
 	case !sent:
-		text += ", before there was a connection"
+		text += ", before anything was sent"
 	}
 	return &apiError{Message: text, err: err, sent: sent}
 }

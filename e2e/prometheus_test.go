@@ -145,7 +145,7 @@ func TestPrometheus(t *testing.T) {
 	e.api("GET", e.mount+"/creds/app", nil, http.StatusInternalServerError)
 	e.cli("write", e.mount+"/config", "rotation_period=720h", "admin_key_ttl=2160h")
 	e.sim.Inject(openaisim.Fault{Method: "GET", Path: "admin_api_keys", Status: http.StatusForbidden})
-	e.api("PUT", e.mount+"/config/rotate", nil, http.StatusBadRequest)
+	e.api("PUT", e.mount+"/config/rotate", nil, http.StatusInternalServerError)
 	e.sim.Inject(undeletable)
 	e.api("PUT", e.mount+"/config/rotate", nil, http.StatusOK)
 	e.insist(stays.lease)
