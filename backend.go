@@ -383,6 +383,13 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	maps.DeleteFunc(req.Data, func(_ string, v any) bool { return v == nil }) // null is the same as not named
+	if path := b.Route(req.Path); path != nil {
+		for name, field := range path.Fields {
+			if field.Type == framework.TypeBool && req.Data[name] == "" { // the framework would take it for false
+				return logical.ErrorResponse("%s does not take this value: %s", name, field.Description), nil
+			}
+		}
+	}
 	resp, err := b.Backend.HandleRequest(ctx, req)
 	if err != nil || !resp.IsError() {
 		return resp, err

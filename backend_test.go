@@ -633,7 +633,7 @@ func TestAnswers(t *testing.T) {
 		{"update config/rotate", nil}, {"read config", nil},
 		{"create roles/scoped", fields{"project_id": "proj_sim", "scopes": "api.all.read", "max_ttl": "300d"}},
 		{"list roles", nil}, {"read roles/web", nil}, {"read roles/scoped", nil}, {"read creds/web", nil},
-		{"read creds/scoped", nil}, {"read tidy", nil}, {"update tidy", fields{"project_ids": "proj_sim,proj_nowhere"}},
+		{"read creds/scoped", nil}, {"read tidy", nil}, {"update tidy", fields{"project_ids": "proj_sim"}},
 		{"read tidy", nil}, {"read metrics", nil}, {"read metrics", fields{"format": "prometheus"}},
 		{"delete roles/scoped", nil}, {"delete config", nil}, {"read metrics", nil},
 	}) {
@@ -918,7 +918,7 @@ func TestProofFaults(t *testing.T) {
 		"500":             {openaisim.Fault{Status: 500}, "500", warned},
 		"503 for a while": {openaisim.Fault{Status: 503, Times: 3}, "", accepted},
 	} {
-		for path, data := range map[string]fields{"config": {"rotation_policy": "p"}, "roles/web": {"ttl": "2h"}} {
+		for path, data := range map[string]fields{"config": {"rotation_period": "720h"}, "roles/web": {"ttl": "2h"}} {
 			t.Run(name+" "+path, func(t *testing.T) {
 				inBubble(t, func(t *testing.T, e *env) {
 					tt.fault.Times = cmp.Or(tt.fault.Times, -1)
@@ -1024,7 +1024,7 @@ func TestConfigForgets(t *testing.T) {
 	e.put("config", string(stored))
 	e.warned("delete", e.op(logical.DeleteOperation, "config", nil), 3, names...)
 	e.put("config", string(stored))
-	e.warned("another field", e.ok("config", fields{"rotation_policy": "p"}), 0)
+	e.warned("another field", e.ok("config", fields{"admin_key_ttl": 0}), 0)
 	e.warned("another organization", e.ok("config", elsewhere), 3, names...)
 	for _, text := range names {
 		same(t, "warnings in the log with "+text, e.Log.Count("warn", text), 2)
@@ -2701,10 +2701,11 @@ func TestTidyByHand(t *testing.T) {
 		e.equal("accounts and keys that are left", len(left), 150+2+1+2)
 		e.equal("one that was due is left", slices.ContainsFunc(due, func(id string) bool { return left[id] != "" }), false)
 		e.equal("the live key is accepted", e.sim.Use(live.Data["api_key"].(string)), true)
-		// By their ids: an archived project and one that does not exist have nothing that could be left.
+		e.refused("tidy", fields{"project_ids": "proj_nil"}, "project_ids", "proj_nil")
+		// By their ids: an archived project has nothing that could be left.
 		e.ended("proj_b", 1, time.Hour)
-		e.tidy(fields{"project_ids": []string{"proj_old", "proj_nil", ours}},
-			fields{"projects": 3, "found": 1, "deleted": 0, "failed": 0, "errors": "[]"})
+		e.tidy(fields{"project_ids": []string{"proj_old", ours, ours}},
+			fields{"projects": 2, "found": 1, "deleted": 0, "failed": 0, "errors": "[]"})
 		e.Restart()
 		none["pending"] = "[svc_acct_x]"
 		e.tidied(e.get("tidy"), none)
@@ -4249,6 +4250,15 @@ func TestRealFields(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestRealEmptyBoolean: an empty text is no boolean: it does not turn off an expiry, a proof or a dry run.
+func TestRealEmptyBoolean(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.refused("roles/web", map[string]any{"enforce_key_expiry": ""}, "enforce_key_expiry does not take this value")
+	e.refused("config", map[string]any{"verify_connection": ""}, "verify_connection does not take this value")
+	e.refused("config", map[string]any{"disable_automated_rotation": ""}, "disable_automated_rotation does not take")
+	e.refused("tidy", map[string]any{"dry_run": ""}, "dry_run does not take this value")
 }
 
 // TestRealWrite: creds takes its parameters by PUT and POST as by a read.

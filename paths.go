@@ -222,8 +222,8 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, was, &cfg); err != nil {
 		return nil, err
 	}
-	if cfg.RotationManager == managerPlugin && cfg.RotationPolicy != "" {
-		resp.AddWarning("rotation_policy has no effect: this Vault has no rotation manager, so the plugin rotates")
+	if cfg.RotationManager != managerVault && cfg.RotationPolicy != "" {
+		resp.AddWarning("rotation_policy has no effect: Vault's rotation manager does not rotate this key")
 	}
 	err = putJSON(ctx, req.Storage, configPath, &cfg)
 	b.setClient(nil) // also after an error: it may have been stored
@@ -364,7 +364,8 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	}
 	b.report(ctx, req, "config-delete", nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
-	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key still exists there")
+	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key is still there: " +
+		cfg.AdminAPIKeyID)
 	b.warnOfKeys(resp, cfg)
 	return resp, nil
 }
@@ -558,7 +559,7 @@ func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to 
 		return err
 	})
 	switch {
-	case errors.Is(err, errNotConfigured):
+	case adminKeyRefused(err):
 		return err
 	case isRefused(err) && !isStatus(err, http.StatusTooManyRequests):
 		return fmt.Errorf("%s %q was refused: %w", field, value, err)
@@ -606,7 +607,7 @@ func (r *role) update(d *fieldData) error {
 	case r.MaxTTL <= 0 || r.MaxTTL > maxKeyLife:
 		return errors.New("max_ttl must be more than 0 and at most 365 days")
 	case r.TTL <= 0 || r.TTL > r.MaxTTL:
-		return errors.New("ttl must be more than 0 and at most max_ttl")
+		return fmt.Errorf("ttl must be more than 0 and at most max_ttl: they are %s and %s", r.TTL, r.MaxTTL)
 	case len(r.Scopes) > 100 || slices.ContainsFunc(r.Scopes, invalidScope):
 		return errors.New("scopes must be at most 100 names like api.responses.write")
 	case r.ServiceAccountRole != "" && r.ServiceAccountRole != "member" && r.ServiceAccountRole != "owner":
@@ -1153,7 +1154,9 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 	}
 	for _, c := range found {
 		if c.OrganizationID = organization; p.due(&c) && (c.KeyOnly || !inUse[c.ServiceAccountID]) {
-			p.fail(b.tidyOne(ctx, s, p, &c))
+			if err := b.tidyOne(ctx, s, p, &c); err != nil {
+				p.fail(fmt.Errorf("project %s, %s: %w", id, c.id(), err))
+			}
 		}
 	}
 	return nil
@@ -1204,8 +1207,8 @@ func (b *backend) inBackground(mu *sync.Mutex, work func(ctx context.Context)) (
 	return done
 }
 
-// tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so outside
-// of Vault's tick, which holds a lock.
+// tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so
+// outside of Vault's tick, which holds a lock.
 func (b *backend) tidyPeriodically(s logical.Storage) {
 	b.inBackground(&b.knownMu, func(ctx context.Context) { b.deleteKnown(ctx, s) })
 	b.inBackground(&b.passMu, func(ctx context.Context) {
@@ -1311,7 +1314,7 @@ func (b *backend) tidyWrite(ctx context.Context, req *logical.Request, d *fieldD
 	p := &pass{mountID: b.mountID, dryRun: d.Get("dry_run").(bool)}
 	setID(d, "mount_id", &p.mountID)
 	p.mountID = cmp.Or(p.mountID, b.mountID)
-	ids, _ := d.Get("project_ids").([]string)
+	ids := slices.Compact(slices.Sorted(slices.Values(d.Get("project_ids").([]string))))
 	switch {
 	case b.mountID == "":
 		return nil, errNoUUID
@@ -1319,6 +1322,12 @@ func (b *backend) tidyWrite(ctx context.Context, req *logical.Request, d *fieldD
 		return logical.ErrorResponse("mount_id must be 6 letters a to z or digits 2 to 7"), nil
 	case slices.ContainsFunc(ids, func(id string) bool { return !validID(id) }):
 		return logical.ErrorResponse("project_ids must each be 1 to 128 letters, digits, - or _"), nil
+	}
+	for _, id := range ids {
+		err := b.useClient(ctx, req.Storage, "", func(c *client) error { _, err := c.getProject(ctx, id); return err })
+		if isNotFound(err) {
+			return answerError(fmt.Errorf("project_ids: %q: %w", id, err))
+		}
 	}
 	if _, err := b.getClient(ctx, req.Storage); err != nil {
 		return answerError(err)
