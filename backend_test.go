@@ -2361,8 +2361,8 @@ var tidyFaults = []tidyFault{
 	lostPOST("POST late by a day", "(service_accounts|api_keys)$", 24*time.Hour),
 	killed("plugin killed", func(e *env) { e.Crash() }),
 	killed("Vault killed", func(e *env) { e.CrashVault() }),
-	{name: "snapshot of before the issue", meet: func(e *env, before *vaultsim.Snapshot) {
-		before = e.Snapshot()
+	{name: "snapshot of before the issue", meet: func(e *env, _ *vaultsim.Snapshot) {
+		before := e.Snapshot()
 		e.lease("web")
 		e.Restore(before)
 	}},
@@ -4445,27 +4445,22 @@ func TestRealNothingSent(t *testing.T) {
 	}
 }
 
-// TestRealCertificateDemanded: where OpenAI demands a client certificate and the mount has none, nothing was sent,
-// although a TLS 1.3 client learns that only after it has its connection.
-func TestRealCertificateDemanded(t *testing.T) {
-	authority, _ := newCertificate(t)
-	address, ca := serveTLS(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
-		t.Error("a request came through")
-	}), authority)
-	e := newEnv(t)
-	e.overNetwork(nil)
-	e.configure(body{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
-	var group sync.WaitGroup
-	for range 12 {
-		group.Go(func() {
-			if _, err := e.Issue("creds/web", nil); err == nil {
-				t.Error("a credential without a connection")
-			}
+// TestRealWriteFails: a request that could not be written whole was not done, also when there was a connection: so a
+// TLS 1.3 client mostly learns that its certificate is missing. One that was written may have been.
+func TestRealWriteFails(t *testing.T) {
+	for written, lost := range map[bool]int{false: 0, true: 1} {
+		e := newConfiguredEnv(t)
+		e.wire.setFault(func(req *http.Request, _ func() (*http.Response, error)) (*http.Response, error) {
+			err := &net.OpError{Op: "write", Net: "tcp", Err: syscall.EPIPE}
+			trace := httptrace.ContextClientTrace(req.Context())
+			trace.GetConn("")
+			trace.GotConn(httptrace.GotConnInfo{})
+			trace.WroteRequest(httptrace.WroteRequestInfo{Err: map[bool]error{false: err}[written]})
+			return nil, err
 		})
-	}
-	group.Wait()
-	if got := len(e.b().lost); got != 0 {
-		t.Errorf("creates taken for perhaps done: got %d, want none", got)
+		if _, err := e.Issue("creds/web", nil); err == nil || len(e.b().lost) != lost {
+			t.Errorf("written %v: got error %v and %d lost creates, want one and %d", written, err, len(e.b().lost), lost)
+		}
 	}
 }
 

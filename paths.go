@@ -800,7 +800,7 @@ func (r *role) leaseTTL(d *fieldData, limit time.Duration) (ttl time.Duration, w
 }
 
 // errNoUUID is an error of a Vault that does not tell BackendUUID.
-var errNoUUID = errors.New("Vault has given this mount no UUID, from which the names of accounts are made")
+var errNoUUID = errors.New("this mount has no UUID of Vault's, from which the names of accounts are made")
 
 // issue makes a credential whose lease is l, and fills in what l lacks. What a failure leaves at OpenAI is undone.
 func (b *backend) issue(ctx context.Context, req *logical.Request, r *role, l *lease, ttl time.Duration) (

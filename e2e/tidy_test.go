@@ -235,7 +235,7 @@ func TestTidy(t *testing.T) {
 		}
 		check("the pass after that", e.tidy(), map[string]any{"deleted": 1})
 		e.sim.SetDate("none")
-		stuck = add(project, "vault-app"+suffix(id, past), "member")
+		add(project, "vault-app"+suffix(id, past), "member")
 		if answer = e.tidy(); answer["deleted"] != 0.0 || answer["failed"] != 1.0 || !strings.Contains(fmt.Sprint(answer["errors"]), "Date") {
 			t.Errorf("without a Date: got %v, want nothing deleted and an error that says so", answer)
 		}
