@@ -270,6 +270,12 @@ func isRefused(err error) bool {
 		!isStatus(err, http.StatusRequestTimeout, http.StatusConflict)
 }
 
+// isJudged tells whether OpenAI refused what the request asks for: not who asks, nor how often.
+func isJudged(err error) bool {
+	return isRefused(err) &&
+		!isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests)
+}
+
 // Errors of useClient, before OpenAI is asked.
 var (
 	errNotConfigured     = errors.New("the OpenAI secrets engine is not configured: write config first")
@@ -614,7 +620,7 @@ func (c *client) remove(ctx context.Context, kind, path string, present func() e
 	if isNotFound(err) {
 		return nil
 	}
-	if !isRefused(err) || isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests) {
+	if !isJudged(err) {
 		return err
 	}
 	_, getErr := ask(ctx, c, get("get_"+kind, path), func(*struct{}) bool { return true })
@@ -677,7 +683,7 @@ func (c *client) projectName(ctx context.Context, id string) (string, error) {
 // projectGone tells whether err, of a call inside the project, means that the project was archived or does not exist.
 // Service accounts do not outlive their project.
 func (c *client) projectGone(ctx context.Context, id string, err error) bool {
-	if !isRefused(err) || isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests) {
+	if !isJudged(err) {
 		return false
 	}
 	p, err := c.getProject(ctx, id)

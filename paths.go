@@ -561,7 +561,7 @@ func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to 
 	switch {
 	case adminKeyRefused(err):
 		return err
-	case isRefused(err) && !isStatus(err, http.StatusTooManyRequests):
+	case isJudged(err):
 		return fmt.Errorf("%s %q was refused: %w", field, value, err)
 	case err != nil:
 		to.AddWarning(fmt.Sprintf("%s %q is stored unchecked: %s", field, value, err))
@@ -914,9 +914,7 @@ func answerError(err error) (*logical.Response, error) {
 		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower "+
 			"ttl and max_ttl", err)
 	}
-	refused := isRefused(err) &&
-		!isStatus(err, http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests)
-	if refused || errors.Is(err, errNotConfigured) {
+	if isJudged(err) || errors.Is(err, errNotConfigured) {
 		return logical.ErrorResponse(err.Error()), nil
 	}
 	return nil, err
@@ -1057,7 +1055,7 @@ const (
 	lostTime      = 24 * time.Hour   // and so long by each full pass: OpenAI may carry it out late
 	firstPass     = 2 * time.Minute  // after the process started
 	passInterval  = time.Hour        // between the starts of two full passes
-	retryInterval = 10 * time.Minute // likewise, after one that failed
+	retryInterval = 10 * time.Minute // after the end of one that failed
 	passTimeout   = 50 * time.Minute
 	tidyWait      = 30 * time.Second // so long a pass by hand is waited for
 	maxListed     = 100              // ids in an answer of tidy

@@ -398,13 +398,12 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	if err != nil || cfg == nil {
 		return
 	}
+	c := b.newClient(cfg)
 	tidyCtx, cancel := context.WithTimeout(ctx, tickTimeout/3) // leaves time for the rest
 	defer cancel()
-	if len(cfg.PendingDeletion) > 0 {
-		b.deletePending(tidyCtx, req.Storage, cfg, b.newClient(cfg))
-	}
+	b.deletePending(tidyCtx, req.Storage, cfg, c)
 	if due := cfg.creatingDue(); len(due) > 0 {
-		if err := b.seekCreating(tidyCtx, req.Storage, cfg, b.newClient(cfg), due); err != nil {
+		if err := b.seekCreating(tidyCtx, req.Storage, cfg, c, due); err != nil {
 			b.Logger().Warn("will be tried again", "error", err)
 		}
 	}
