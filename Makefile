@@ -47,7 +47,7 @@ ifeq ($(RACE),)
 endif
 	$(GO) run ./scripts/gotest $(RACE) -count=1 -timeout 20m ./...
 
-e2e: ## Run the end-to-end tests against real Vault servers (built once, some minutes)
+e2e: ## Run the end-to-end tests against real Vault servers (about 20 minutes)
 	$(GO) run ./scripts/gotest -tags e2e -count=1 -timeout 60m -p 1 ./e2e/...
 
 bench: ## Run the benchmarks, then measure on a real server (minutes)
