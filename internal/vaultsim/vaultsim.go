@@ -1,3 +1,6 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
 // Package vaultsim is a small Vault for unit tests. It holds one mount of a logical.Backend
 // and treats it as Vault 1.21 and its plugin protocol do: with leases, revocations that are
 // tried again, a rollback each minute, restarts and crashes. The facts were read in Vault's

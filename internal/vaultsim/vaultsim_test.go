@@ -1,3 +1,6 @@
+// Copyright the vault-plugin-secrets-openai authors
+// SPDX-License-Identifier: MPL-2.0
+
 package vaultsim
 
 import (
