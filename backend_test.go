@@ -4,23 +4,14 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	crand "crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"log"
 	"maps"
 	"math"
-	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -50,21 +41,27 @@ import (
 	"vault-plugin-secrets-openai/internal/vaultsim"
 )
 
-// failure returns what a handler's answer says went wrong; nil: nothing.
-func failure(resp *logical.Response, err error) error {
-	if err == nil && resp.IsError() {
-		err = resp.Error()
+const ours = openaisim.DefaultProject
+
+type (
+	// requests are operation and path, like "read config", and what the request names.
+	requests []struct {
+		request string
+		data    fields
 	}
-	return err
-}
+	fault  = openaisim.Fault
+	fields = map[string]any // what a request names, or what an answer holds
+)
+
+// same compares two values as fmt prints them.
+var same = vaultsim.Same
 
 // env is a mount in a small Vault, with a simulated OpenAI. Nothing in it uses the network, so that it works inside a
 // testing/synctest bubble.
 type env struct {
 	*vaultsim.Vault
-	t    testing.TB
-	sim  *openaisim.Server
-	wire *wire // to the simulator
+	t   testing.TB
+	sim *openaisim.Server
 }
 
 // newEnv returns a mount without config.
@@ -76,13 +73,13 @@ func newEnv(t testing.TB) *env {
 // newEnvOn returns a further mount on an organization.
 func newEnvOn(t testing.TB, sim *openaisim.Server) *env {
 	t.Helper()
-	e := &env{t: t, sim: sim, wire: &wire{to: sim.Transport()}}
-	e.Vault = vaultsim.New(t, func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
-		b := newBackend(&processWire{e.wire, vaultsim.Process(conf)}, mountID(conf.BackendUUID))
+	vault := vaultsim.New(t, func(ctx context.Context, conf *logical.BackendConfig) (logical.Backend, error) {
+		b := newBackend(vaultsim.Network(conf), mountID(conf.BackendUUID))
 		return b, b.Setup(ctx, conf)
 	})
-	t.Cleanup(func() { e.noSecrets("the log", e.Log.String()) })
-	return e
+	vault.Leaks = openaisim.ShowsKey
+	vault.Wire.Connect(sim.Transport())
+	return &env{vault, t, sim}
 }
 
 // newConfiguredEnv returns a mount with config and a role "web".
@@ -90,7 +87,7 @@ func newConfiguredEnv(t testing.TB) *env {
 	t.Helper()
 	e := newEnv(t)
 	e.configure(nil)
-	e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+	e.OK("roles/web", fields{"project_id": ours})
 	return e
 }
 
@@ -100,80 +97,34 @@ func inBubble(t *testing.T, test func(t *testing.T, e *env)) {
 	synctest.Test(t, func(t *testing.T) { test(t, newConfiguredEnv(t)) })
 }
 
+// inBubbles runs test for each row of a table on a configured mount of its own with a virtual clock.
+func inBubbles[T any](t *testing.T, table map[string]T, test func(t *testing.T, e *env, tt T)) {
+	for name, tt := range table {
+		t.Run(name, func(t *testing.T) { inBubble(t, func(t *testing.T, e *env) { test(t, e, tt) }) })
+	}
+}
+
 // b is the backend of the present process.
 func (e *env) b() *backend { return e.Backend().(*backend) }
 
-// configure writes config with the simulator's first admin key, and extra over it.
-func (e *env) configure(extra map[string]any) *logical.Response {
-	e.t.Helper()
+// credentials returns the fields by which config knows the simulator's first admin key.
+func (e *env) credentials() fields {
 	key, id := e.sim.AdminKey()
-	data := map[string]any{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
-	for name, value := range extra {
-		data[name] = value
-	}
-	return e.ok("config", data)
+	return fields{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
 }
 
-// ok makes a write that must succeed.
-func (e *env) ok(path string, data map[string]any) *logical.Response {
+// configure writes config with these credentials, and extra over them.
+func (e *env) configure(extra fields) *logical.Response {
 	e.t.Helper()
-	resp, err := e.Write(path, data)
-	if err := failure(resp, err); err != nil {
-		e.t.Fatalf("write %s: %v", path, err)
-	}
-	return resp
-}
-
-// get makes a read (or another operation) without data that must succeed.
-func (e *env) get(path string) *logical.Response { return e.op(logical.ReadOperation, path, nil) }
-
-func (e *env) op(op logical.Operation, path string, data map[string]any) *logical.Response {
-	e.t.Helper()
-	resp, err := e.Do(op, path, data)
-	if err := failure(resp, err); err != nil {
-		e.t.Fatalf("%s %s: %v", op, path, err)
-	}
-	return resp
-}
-
-// refused makes a write that must be the caller's mistake (a 400), with every text of want in its message.
-func (e *env) refused(path string, data map[string]any, want ...string) {
-	e.t.Helper()
-	resp, err := e.Write(path, data)
-	e.refusal(resp, err, want...)
-}
-
-// refusal checks that an answer is a 400 whose message has every text of want.
-func (e *env) refusal(resp *logical.Response, err error, want ...string) {
-	e.t.Helper()
-	if err != nil || !resp.IsError() {
-		e.t.Errorf("got response %v and error %v, want an error response", resp, err)
-		return
-	}
-	for _, text := range want {
-		if !strings.Contains(resp.Error().Error(), text) {
-			e.t.Errorf("got %q, want it to contain %q", resp.Error(), text)
-		}
-	}
-	e.noSecrets("an error", resp.Error().Error())
+	data := e.credentials()
+	maps.Copy(data, extra)
+	return e.OK("config", data)
 }
 
 // lease reads a credential of the role, which must succeed.
 func (e *env) lease(role string) *vaultsim.Lease {
 	e.t.Helper()
-	l, err := e.Issue("creds/"+role, nil)
-	if err != nil {
-		e.t.Fatalf("creds/%s: %v", role, err)
-	}
-	return l
-}
-
-// revoke revokes a lease, which must succeed.
-func (e *env) revoke(l *vaultsim.Lease) {
-	e.t.Helper()
-	if err := e.Revoke(l); err != nil {
-		e.t.Fatalf("revoke: %v", err)
-	}
+	return e.MustIssue("creds/" + role)
 }
 
 // config returns the stored config.
@@ -186,239 +137,38 @@ func (e *env) config() *config {
 	return cfg
 }
 
-// put stores an entry as it is.
-func (e *env) put(key, json string) {
-	e.t.Helper()
-	if err := e.Storage.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte(json)}); err != nil {
-		e.t.Fatal(err)
-	}
-}
-
 // have checks how many accounts and project keys OpenAI has in the default project.
 func (e *env) have(accounts, keys int, when string) {
 	e.t.Helper()
-	a, k := len(e.sim.ServiceAccounts(openaisim.DefaultProject)), len(e.sim.ProjectKeys(openaisim.DefaultProject))
+	a, k := len(e.sim.ServiceAccounts(ours)), len(e.sim.ProjectKeys(ours))
 	if a != accounts || k != keys {
 		e.t.Errorf("%s: got %d accounts and %d keys, want %d and %d", when, a, k, accounts, keys)
 	}
 }
 
-// idle waits until nothing works in the background any more.
-func (e *env) idle() {
+// quiet lets time pass until nothing works in the background any more.
+func (e *env) quiet() {
 	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu} {
-		mu.Lock()
-		defer mu.Unlock()
+		for !mu.TryLock() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		mu.Unlock()
 	}
 }
 
-// noSecrets fails the test if text holds anything like a key.
-func (e *env) noSecrets(where, text string) {
-	e.t.Helper()
-	if strings.Contains(strings.ReplaceAll(text, "sk-***", ""), "sk-") {
-		e.t.Errorf("%s shows a key", where)
-	}
+// callsFail makes the calls to OpenAI of a method ("": any) meet f from now on.
+func (e *env) callsFail(method string, f fault) {
+	f.Method, f.Times = method, -1
+	e.sim.Inject(f)
 }
 
-// wire records the requests to OpenAI, and can fail them.
-type wire struct {
-	mu       sync.Mutex
-	to       http.RoundTripper
-	fault    func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) // nil: none
-	requests []string                                                                             // method, path below /v1 with query, body
-	header   http.Header                                                                          // of the last one
+// failing makes calls be answered with status from now on.
+func (e *env) failing(method, path string, status int) {
+	e.sim.Inject(fault{Method: method, Path: path, Status: status, Times: -1})
 }
 
-// setFault makes f stand between the mount and OpenAI; nil: nothing does.
-func (w *wire) setFault(f func(*http.Request, func() (*http.Response, error)) (*http.Response, error)) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.fault = f
-}
-
-func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
-	text := req.Method + " " + strings.TrimPrefix(req.URL.RequestURI(), "/v1")
-	if req.Body != nil {
-		body, err := io.ReadAll(req.Body)
-		if err != nil {
-			return nil, err
-		}
-		text += " " + string(body)
-		req = req.Clone(req.Context())
-		req.Body = io.NopCloser(bytes.NewReader(body))
-	}
-	w.mu.Lock()
-	w.requests, w.header = append(w.requests, text), req.Header
-	fault, to := w.fault, w.to
-	w.mu.Unlock()
-	if fault == nil {
-		return to.RoundTrip(req)
-	}
-	return fault(req, func() (*http.Response, error) { return to.RoundTrip(req) })
-}
-
-// sent returns the requests since the last time that it was asked.
-func (w *wire) sent() []string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	requests := w.requests
-	w.requests = nil
-	return requests
-}
-
-// processWire is a wire of one plugin process: when the process has ended, it sends nothing.
-type processWire struct {
-	*wire
-	process context.Context
-}
-
-func (w *processWire) RoundTrip(req *http.Request) (*http.Response, error) {
-	if err := w.process.Err(); err != nil {
-		return nil, err
-	}
-	return w.wire.RoundTrip(req)
-}
-
-// stepFault is what befalls one step of a request, a storage operation or an exchange with OpenAI, or that step and all
-// later ones.
-type stepFault struct {
-	name    string
-	effect  bool // the step takes effect, but its answer is lost
-	all     bool // no later step takes effect either, until the request has ended
-	crash   bool // and then the plugin's process ends
-	cancel  bool // the request's context ends at the step
-	arrives bool // then: the step's answer arrives all the same
-	refused bool // of a call to OpenAI: the connection is refused
-	status  int  // of a call to OpenAI: this is answered
-}
-
-var stepFaults = []stepFault{
-	{name: "crash before", all: true, crash: true},
-	{name: "crash after", all: true, crash: true, effect: true},
-	{name: "outage before", all: true},
-	{name: "outage after", all: true, effect: true},
-	{name: "failure"},
-	{name: "refused", refused: true},
-	{name: "answer lost", effect: true},
-	{name: "429", status: http.StatusTooManyRequests},
-	{name: "500 after processing", effect: true, status: http.StatusInternalServerError},
-	{name: "cancelled before", cancel: true},
-	{name: "cancelled after", cancel: true, effect: true},
-	{name: "cancelled with the answer", cancel: true, effect: true, arrives: true},
-}
-
-var errStep = errors.New("injected failure")
-
-// atStep makes request, whose context it gives, meet fault at its step number at, from 1. each is called before each
-// step; nil: nothing is. It tells whether the request came as far.
-func (e *env) atStep(fault stepFault, at int, each func(), request func(ctx context.Context)) (reached bool) {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	n := 0
-	var mu sync.Mutex
-	// step tells what befalls the next step: before it has an effect, and after.
-	step := func() (before, after error) {
-		if each != nil {
-			each()
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		n++
-		hit := n == at
-		switch {
-		case !hit && (n < at || !fault.all):
-			return nil, nil
-		case !hit:
-			return errStep, errStep
-		case fault.cancel && !fault.effect:
-			cancel()
-			return context.Canceled, nil
-		case fault.cancel && fault.arrives:
-			return nil, context.Canceled
-		case fault.cancel:
-			return nil, context.Canceled
-		case fault.effect:
-			return nil, errStep
-		}
-		return errStep, nil
-	}
-	var after sync.Map // by verb and key: what is to be said after the effect
-	e.Storage.SetFault(func(verb, key string) error {
-		before, then := step()
-		after.Store(verb+key, then)
-		return before
-	})
-	e.Storage.SetAfter(func(verb, key string) error {
-		then, _ := after.LoadAndDelete(verb + key)
-		err, _ := then.(error)
-		if errors.Is(err, context.Canceled) {
-			cancel()
-			if fault.arrives {
-				return nil
-			}
-		}
-		return err
-	})
-	e.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
-		before, then := step()
-		resp, err := (*http.Response)(nil), before
-		if trace := httptrace.ContextClientTrace(req.Context()); trace != nil && !fault.refused {
-			trace.GotConn(httptrace.GotConnInfo{})
-		}
-		if before == nil {
-			if resp, err = send(); err == nil {
-				err = then
-			}
-		}
-		if errors.Is(then, context.Canceled) {
-			cancel()
-			if fault.arrives {
-				return resp, nil
-			}
-		}
-		switch {
-		case err == nil:
-			return resp, nil
-		case !errors.Is(err, errStep):
-			return nil, err
-		case fault.refused:
-			return nil, &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
-		case fault.status != 0:
-			body := io.NopCloser(strings.NewReader(`{"error":{"message":"Injected.","type":"server_error"}}`))
-			return &http.Response{StatusCode: fault.status, Header: http.Header{}, Body: body, Request: req}, nil
-		}
-		return nil, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
-	})
-	request(ctx)
-	e.Storage.SetFault(nil)
-	e.Storage.SetAfter(nil)
-	e.wire.setFault(nil)
-	if fault.crash {
-		e.Crash()
-	}
-	mu.Lock()
-	defer mu.Unlock()
-	return n >= at
-}
-
-// everyStep runs test in a bubble of its own for each fault at each step, and fails if there are fewer than enough
-// steps. test tells whether its request reached step at.
-func everyStep(t *testing.T, enough int, test func(t *testing.T, fault stepFault, at int) (reached bool)) {
-	for _, fault := range stepFaults {
-		t.Run(fault.name, func(t *testing.T) {
-			for at, reached := 1, true; reached && !t.Failed(); at++ {
-				synctest.Test(t, func(t *testing.T) {
-					reached = test(t, fault, at)
-					if t.Failed() {
-						t.Logf("the fault was at step %d", at)
-					}
-				})
-				if !reached && at <= enough {
-					t.Errorf("steps: got %d, want at least %d", at-1, enough)
-				}
-			}
-		})
-	}
-}
+// metric reads a metric that has no labels.
+func (e *env) metric(name string) any { return e.Get("metrics").Data[metricPrefix+name] }
 
 // TestLife is a credential's life: issued, used, renewed, revoked.
 func TestLife(t *testing.T) {
@@ -436,7 +186,7 @@ func TestLife(t *testing.T) {
 		if err := e.Renew(l, 0); err != nil {
 			t.Errorf("renew: %v", err)
 		}
-		e.revoke(l)
+		e.MustRevoke(l)
 		if e.sim.Use(key) {
 			t.Error("the key is accepted after its lease was revoked")
 		}
@@ -445,49 +195,6 @@ func TestLife(t *testing.T) {
 			t.Errorf("storage: got %s", got)
 		}
 	})
-}
-
-// fields are what a request names, or what an answer holds.
-type fields = map[string]any
-
-// same compares two values as text.
-func same(t testing.TB, what string, got, want any) {
-	t.Helper()
-	if got, want := fmt.Sprint(got), fmt.Sprint(want); got != want {
-		t.Errorf("%s:\n got %s\nwant %s", what, got, want)
-	}
-}
-
-// unchanged runs request, after which storage must be as it was.
-func (e *env) unchanged(what any, request func()) {
-	e.t.Helper()
-	before := e.Storage.All()
-	request()
-	same(e.t, fmt.Sprint("storage is as it was: ", what), maps.Equal(e.Storage.All(), before), true)
-}
-
-// failStorage makes each storage access of this verb and key fail.
-func (e *env) failStorage(failVerb, failKey string) {
-	e.Storage.SetFault(func(verb, key string) error {
-		if verb == failVerb && strings.HasPrefix(key, failKey) {
-			return errors.New("storage fault")
-		}
-		return nil
-	})
-}
-
-// warned checks that an answer has n warnings, and each text in one of them.
-func (e *env) warned(what any, resp *logical.Response, n int, want ...string) {
-	e.t.Helper()
-	var got []string
-	if resp != nil {
-		got = resp.Warnings
-	}
-	text := strings.Join(got, "\n")
-	if len(got) != n || slices.ContainsFunc(want, func(s string) bool { return !strings.Contains(text, s) }) {
-		e.t.Errorf("%v: got warnings %q, want %d with %q in them", what, got, n, want)
-	}
-	e.noSecrets("a warning", text)
 }
 
 // TestMountID: the tag of a mount follows from its UUID alone, in each process and each version.
@@ -612,22 +319,10 @@ func TestPathTable(t *testing.T) {
 		"roles/NAME read, roles/NAME update, tidy read, tidy update")
 }
 
-// requests are operation and path, like "read config", and what the request names.
-type requests []struct {
-	request string
-	data    fields
-}
-
-// request makes a request that is written so.
-func (e *env) request(text string, data fields) (*logical.Response, error) {
-	op, path, _ := strings.Cut(text, " ")
-	return e.Do(logical.Operation(op), path, data)
-}
-
 // TestAnswers checks real answers against the schema that Vault's OpenAPI document shows.
 func TestAnswers(t *testing.T) {
 	e := newConfiguredEnv(t)
-	e.sim.Inject(openaisim.Fault{Method: "DELETE", Path: "admin_api_keys", Status: 403, Times: -1})
+	e.sim.Inject(fault{Method: "DELETE", Path: "admin_api_keys", Status: 403, Times: -1})
 	for _, tt := range (requests{
 		{"list roles", nil}, {"read config", nil}, {"update config", fields{"rotation_period": "30d"}},
 		{"update config/rotate", nil}, {"read config", nil},
@@ -638,8 +333,8 @@ func TestAnswers(t *testing.T) {
 		{"delete roles/scoped", nil}, {"delete config", nil}, {"read metrics", nil},
 	}) {
 		t.Run(tt.request, func(t *testing.T) {
-			resp, err := e.request(tt.request, tt.data)
-			same(t, "error", failure(resp, err), nil)
+			resp, err := e.Request(tt.request, tt.data)
+			same(t, "error", vaultsim.Failure(resp, err), nil)
 			op, path, _ := strings.Cut(tt.request, " ")
 			schema.ValidateResponse(t, schema.GetResponseSchema(t, e.b().Route(path), logical.Operation(op)), resp, true)
 		})
@@ -657,43 +352,10 @@ func TestMistakes(t *testing.T) {
 		{"update tidy", fields{"project_ids": "../x"}}, {"read metrics", fields{"format": "xml"}},
 	}) {
 		before := len(e.Log.String())
-		resp, err := e.request(tt.request, tt.data)
-		e.refusal(resp, err)
+		resp, err := e.Request(tt.request, tt.data)
+		e.Refusal(resp, err)
 		if got := e.Log.String()[before:]; strings.Count(got, "\n") != 1 || !strings.Contains(got, "[DEBUG]") {
 			t.Errorf("%s %v: got log %q, want one line at debug level", tt.request, tt.data, got)
-		}
-	}
-}
-
-// bad is a value of a field that must be refused.
-type bad struct {
-	field, want string // want: in the message, besides the field's name
-	value       any    // nil: the field is missing, where there is nothing yet
-}
-
-// bads are several values that are refused with the same text.
-func bads(field, want string, values ...any) (tests []bad) {
-	for _, value := range values {
-		tests = append(tests, bad{field, want, value})
-	}
-	return tests
-}
-
-// refusesAll writes each bad value, where there is nothing yet and over valid. Nothing is stored, nor OpenAI asked.
-func (e *env) refusesAll(path string, valid fields, tests []bad) {
-	e.t.Helper()
-	e.wire.sent()
-	for _, tt := range tests {
-		data := maps.Clone(valid)
-		data[tt.field] = tt.value
-		maps.DeleteFunc(data, func(_ string, value any) bool { return value == nil })
-		e.unchanged(tt, func() { e.refused(path, data, tt.field, tt.want) })
-	}
-	same(e.t, "requests about bad input", e.wire.sent(), []string{})
-	e.ok(path, valid)
-	for _, tt := range tests {
-		if tt.value != nil {
-			e.unchanged(tt, func() { e.refused(path, fields{tt.field: tt.value}, tt.field, tt.want) })
 		}
 	}
 }
@@ -716,16 +378,11 @@ var badEndpoints = []any{
 	"javascript:alert(1)", "ws://127.0.0.1", "https://h/v1/../v2", "https://h/..", "https://h/%2e%2e", "https://h/v1/.%2E",
 }
 
-// validConfig is what a first write of config needs.
-func validConfig(e *env) fields {
-	key, id := e.sim.AdminKey()
-	return fields{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
-}
-
 // TestConfigBadInput: a bad value is refused with its field's name, and nobody has the key sent elsewhere without it.
 func TestConfigBadInput(t *testing.T) {
+	bads := vaultsim.Bads
 	e := newEnv(t)
-	e.refusesAll("config", validConfig(e), slices.Concat(
+	e.RefusesAll("config", e.credentials(), slices.Concat(
 		bads("admin_api_key", "required", nil, ""), bads("admin_api_key", "8 to 512", "short", strings.Repeat("k", 513)),
 		bads("admin_api_key", "printable ASCII characters without spaces", "sk-admin-simulated secret",
 			"sk-admin-simulated\r\nX-Header: secret"),
@@ -744,9 +401,9 @@ func TestConfigBadInput(t *testing.T) {
 	))
 	for _, verify := range []bool{true, false} {
 		data := fields{"api_endpoint": "https://example.com/v1", "verify_connection": verify}
-		e.unchanged(data, func() { e.refused("config", data, "api_endpoint", "together with admin_api_key") })
+		e.Unchanged(data, func() { e.Refused("config", data, "api_endpoint", "together with admin_api_key") })
 	}
-	e.refused("config", fields{"admin_api_key": "unknown-key", "verify_connection": false},
+	e.Refused("config", fields{"admin_api_key": "unknown-key", "verify_connection": false},
 		"admin_api_key_id is required", "verify_connection")
 }
 
@@ -755,14 +412,14 @@ func TestConfig(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEnv(t)
 		var none *logical.Response
-		e.put("roles/web", `{"project_id":"proj_sim"}`)
+		e.Storage.Set("roles/web", `{"project_id":"proj_sim"}`)
 		notConfigured := func() {
 			t.Helper()
-			same(t, "read", e.get("config"), none)
-			same(t, "delete", e.op(logical.DeleteOperation, "config", nil), none)
+			same(t, "read", e.Get("config"), none)
+			same(t, "delete", e.Must("delete config", nil), none)
 			for _, request := range []string{"read creds/web", "update roles/web", "update config/rotate", "update tidy"} {
-				resp, err := e.request(request, nil)
-				e.refusal(resp, err, "not configured", "write config")
+				resp, err := e.Request(request, nil)
+				e.Refusal(resp, err, "not configured", "write config")
 			}
 		}
 		notConfigured()
@@ -775,7 +432,7 @@ func TestConfig(t *testing.T) {
 			"rotation_schedule": "", "rotation_window": 0, "rotation_period": 0, "disable_automated_rotation": false,
 			"rotation_policy": "", "ca_certificate": "", "client_certificate": "",
 		}
-		same(t, "config", e.get("config").Data, want)
+		same(t, "config", e.Get("config").Data, want)
 		time.Sleep(time.Hour)
 		for _, step := range []struct{ write, shown fields }{ // shown: where it is not what was written
 			{fields{"api_endpoint": "http://[::1]/v1/", "admin_api_key": key + "\n"}, fields{"api_endpoint": "http://[::1]/v1"}},
@@ -787,17 +444,17 @@ func TestConfig(t *testing.T) {
 				fields{"next_rotation": "2000-01-01T06:00:00Z", "rotation_manager": "plugin"}},
 			{fields{"api_endpoint": "", "admin_api_key": key}, fields{"api_endpoint": "https://api.openai.com/v1"}},
 		} {
-			e.ok("config", step.write)
+			e.OK("config", step.write)
 			maps.Copy(want, step.write)
 			maps.Copy(want, step.shown)
 			delete(want, "admin_api_key")
-			same(t, "config", e.get("config").Data, want)
+			same(t, "config", e.Get("config").Data, want)
 		}
 		other, otherID := e.sim.AddAdminKey("other")
-		e.ok("config", fields{"admin_api_key": other})
+		e.OK("config", fields{"admin_api_key": other})
 		maps.Copy(want, fields{"admin_api_key_id": otherID, "last_rotated": "2000-01-01T01:00:00Z"})
-		same(t, "config", e.get("config").Data, want)
-		e.warned("delete", e.op(logical.DeleteOperation, "config", nil), 1, "not revoked", "admin key")
+		same(t, "config", e.Get("config").Data, want)
+		e.Warned("delete", e.Must("delete config", nil), 1, "not revoked", "admin key")
 		same(t, "storage after delete", e.Storage.Keys(""), "[roles/]")
 		notConfigured()
 	})
@@ -808,13 +465,13 @@ func TestConfigWithoutUUID(t *testing.T) {
 	e := newConfiguredEnv(t)
 	l := e.lease("web")
 	e.b().mountID = mountID("")
-	e.wire.sent()
+	e.Wire.Sent()
 	for _, request := range []string{"read creds/web", "update tidy"} {
-		resp, err := e.request(request, nil)
+		resp, err := e.Request(request, nil)
 		same(t, request, fmt.Sprint(resp, " ", err), "<nil> "+errNoUUID.Error())
 	}
-	same(t, "requests", e.wire.sent(), []string{})
-	e.revoke(l)
+	same(t, "requests", e.Wire.Sent(), []string{})
+	e.MustRevoke(l)
 	e.have(0, 0, "after revocation")
 }
 
@@ -880,20 +537,20 @@ func TestConfigProof(t *testing.T) {
 			}
 			key, id := e.sim.AdminKey()
 			last, lastID := e.sim.AddAdminKey("last")
-			e.put("config", `{"admin_api_key":"sk-admin-old","admin_api_key_id":"key_old","organization_id":"org-old"}`)
+			e.Storage.Set("config", `{"admin_api_key":"sk-admin-old","admin_api_key_id":"key_old","organization_id":"org-old"}`)
 			data := fields{"admin_api_key": key, "admin_api_key_id": "", "organization_id": openaisim.DefaultOrganization}
 			ids := map[string]string{"$first": id, "$last": lastID, "$value": last}
 			data[tt.field] = cmp.Or(ids[tt.value], tt.value)
 			if tt.list != "" {
 				list := strings.NewReplacer("$", key[len(key)-3:], " ", `","redacted_value":"`, "|", `"},{"id":"`).Replace(tt.list)
 				list = `{"data":[{"id":"` + list + `"}]}`
-				e.sim.Inject(openaisim.Fault{Method: "GET", Path: "admin_api_keys$", Status: 200, Body: list})
+				e.sim.Inject(fault{Method: "GET", Path: "admin_api_keys$", Status: 200, Body: list})
 			}
 			if tt.id == "" {
-				e.unchanged("refusal", func() { e.refused("config", data, strings.Split(tt.want, "|")...) })
+				e.Unchanged("refusal", func() { e.Refused("config", data, strings.Split(tt.want, "|")...) })
 				return
 			}
-			e.ok("config", data)
+			e.OK("config", data)
 			same(t, "admin_api_key_id", e.config().AdminAPIKeyID, cmp.Or(ids[tt.id], tt.id))
 		})
 	}
@@ -905,18 +562,18 @@ func TestProofFaults(t *testing.T) {
 	const accepted, warned, refused, broken = "accepted", "warned", "refused", "broken"
 	limit := http.Header{"Retry-After": {"50"}}
 	for name, tt := range map[string]struct {
-		fault        openaisim.Fault
+		fault        fault
 		config, role string // config: text in the refusal; empty: accepted
 	}{
-		"refuse":          {openaisim.Fault{Kind: "refuse"}, "connection refused", warned},
-		"hang":            {openaisim.Fault{Kind: "hang"}, "timed out", warned},
-		"redirect":        {openaisim.Fault{Kind: "redirect"}, "redirects are not followed", warned},
-		"another":         {openaisim.Fault{Status: 200, Body: `{"id":"another"}`}, "lacks", warned},
-		"no OpenAI":       {openaisim.Fault{Status: 404, Body: "<html>"}, "could not be verified", refused},
-		"401":             {openaisim.Fault{Status: 401}, "was refused", broken},
-		"429":             {openaisim.Fault{Status: 429, Header: limit}, "429", warned},
-		"500":             {openaisim.Fault{Status: 500}, "500", warned},
-		"503 for a while": {openaisim.Fault{Status: 503, Times: 3}, "", accepted},
+		"refuse":          {fault{Kind: "refuse"}, "connection refused", warned},
+		"hang":            {fault{Kind: "hang"}, "timed out", warned},
+		"redirect":        {fault{Kind: "redirect"}, "redirects are not followed", warned},
+		"another":         {fault{Status: 200, Body: `{"id":"another"}`}, "lacks", warned},
+		"no OpenAI":       {fault{Status: 404, Body: "<html>"}, "could not be verified", refused},
+		"401":             {fault{Status: 401}, "was refused", broken},
+		"429":             {fault{Status: 429, Header: limit}, "429", warned},
+		"500":             {fault{Status: 500}, "500", warned},
+		"503 for a while": {fault{Status: 503, Times: 3}, "", accepted},
 	} {
 		for path, data := range map[string]fields{"config": {"rotation_period": "720h"}, "roles/web": {"ttl": "2h"}} {
 			t.Run(name+" "+path, func(t *testing.T) {
@@ -932,11 +589,11 @@ func TestProofFaults(t *testing.T) {
 					case accepted:
 						same(t, "answer", fmt.Sprint(resp, err), "<nil> <nil>")
 					case warned:
-						e.warned("answer", resp, 1, "unchecked: ")
+						e.Warned("answer", resp, 1, "unchecked: ")
 					case broken:
-						e.equal("an error, not the caller's mistake", err != nil, true)
+						same(t, "an error, not the caller's mistake", err != nil, true)
 					default:
-						e.refusal(resp, err, text)
+						e.Refusal(resp, err, text)
 					}
 					same(t, "storage is as it was", maps.Equal(e.Storage.All(), before), want == refused || want == broken)
 					same(t, "in time", time.Since(start) <= requestTimeout, true)
@@ -960,10 +617,10 @@ func TestStorageFaults(t *testing.T) {
 			part := strings.Fields(test)
 			e := newConfiguredEnv(t)
 			e.Restart() // so that config has to be read
-			e.unchanged("fault", func() {
-				e.failStorage(part[2], part[3])
-				resp, err := e.request(part[0]+" "+part[1], data[part[1]])
-				if err == nil || resp != nil || !strings.Contains(err.Error(), "storage fault") {
+			e.Unchanged("fault", func() {
+				e.Storage.Fail(part[2], part[3])
+				resp, err := e.Request(part[0]+" "+part[1], data[part[1]])
+				if err == nil || resp != nil || !strings.Contains(err.Error(), "injected failure") {
 					t.Errorf("got %v and error %v, want the storage's error", resp, err)
 				}
 			})
@@ -975,8 +632,8 @@ func TestStorageFaults(t *testing.T) {
 	}
 	e := newConfiguredEnv(t)
 	e.Restart()
-	e.failStorage("get", "config")
-	e.warned("role that can't be checked", e.ok("roles/web", data["roles/web"]), 1, "unchecked", "storage fault")
+	e.Storage.Fail("get", "config")
+	e.Warned("role that can't be checked", e.OK("roles/web", data["roles/web"]), 1, "unchecked", "injected failure")
 }
 
 // TestConfigJob: a write or delete of config that could not be stored leaves the rotation job as it was registered.
@@ -994,13 +651,13 @@ func TestConfigJob(t *testing.T) {
 			if tt.before != nil {
 				e.configure(tt.before)
 			}
-			request, verb, data := "update config", "put", validConfig(e)
+			request, verb, data := "update config", "put", e.credentials()
 			if maps.Copy(data, tt.write); tt.write == nil {
 				request, verb = "delete config", "delete"
 			}
 			before := e.System.Jobs()
-			e.failStorage(verb, "config")
-			if _, err := e.request(request, data); err == nil {
+			e.Storage.Fail(verb, "config")
+			if _, err := e.Request(request, data); err == nil {
 				t.Errorf("%s with a storage fault: got no error", request)
 			}
 			same(t, "jobs", e.System.Jobs(), before)
@@ -1013,7 +670,7 @@ func TestConfigJob(t *testing.T) {
 func TestConfigForgets(t *testing.T) {
 	e := newConfiguredEnv(t)
 	elsewhere := fields{"organization_id": "org-other", "verify_connection": false}
-	e.warned("nothing to forget", e.ok("config", elsewhere), 1, "organization_id has changed")
+	e.Warned("nothing to forget", e.OK("config", elsewhere), 1, "organization_id has changed")
 	same(t, "warnings in the log with nothing to forget", e.Log.Count("warn", ""), 0)
 	e.configure(nil)
 	cfg := e.config()
@@ -1021,11 +678,11 @@ func TestConfigForgets(t *testing.T) {
 	cfg.Creating = []creatingKey{{"vault-admin-a", cfg.OrganizationID, time.Now()}, {"vault-admin-b", "org-b", time.Now()}}
 	stored, _ := json.Marshal(cfg)
 	names := []string{"key_one, key_two", "vault-admin-a, vault-admin-b"}
-	e.put("config", string(stored))
-	e.warned("delete", e.op(logical.DeleteOperation, "config", nil), 3, names...)
-	e.put("config", string(stored))
-	e.warned("another field", e.ok("config", fields{"admin_key_ttl": 0}), 0)
-	e.warned("another organization", e.ok("config", elsewhere), 3, names...)
+	e.Storage.Set("config", string(stored))
+	e.Warned("delete", e.Must("delete config", nil), 3, names...)
+	e.Storage.Set("config", string(stored))
+	e.Warned("another field", e.OK("config", fields{"admin_key_ttl": 0}), 0)
+	e.Warned("another organization", e.OK("config", elsewhere), 3, names...)
 	for _, text := range names {
 		same(t, "warnings in the log with "+text, e.Log.Count("warn", text), 2)
 	}
@@ -1038,32 +695,33 @@ func TestConfigMissing(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		for range 30 {
 			l := e.lease("web")
-			e.sim.Inject(openaisim.Fault{Method: http.MethodDelete, Status: 400})
+			e.sim.Inject(fault{Method: http.MethodDelete, Status: 400})
 			same(t, "revocation failed", e.Revoke(l) != nil, true)
 		}
-		e.op(logical.DeleteOperation, "config", nil)
+		e.Must("delete config", nil)
 		before := e.Log.Count("", "")
-		e.wire.sent()
+		e.Wire.Sent()
 		e.Run(5 * time.Minute)
-		if lines, calls := e.Log.Count("", "")-before, len(e.wire.sent()); lines > 5 || calls > 0 {
+		if lines, calls := e.Log.Count("", "")-before, len(e.Wire.Sent()); lines > 5 || calls > 0 {
 			t.Errorf("5 ticks without config: got %d lines of the log and %d calls, want 5 and none", lines, calls)
 		}
 		e.configure(nil)
 		e.Run(time.Minute)
-		e.idle()
+		e.quiet()
 		e.have(0, 0, "after a tick with config")
 	})
 }
 
 // TestRoleBadInput: a bad value of a role is refused with its field's name and stores nothing.
 func TestRoleBadInput(t *testing.T) {
+	bads := vaultsim.Bads
 	e := newEnv(t)
 	e.configure(nil)
 	var scopes []string
 	for i := range 101 {
 		scopes = append(scopes, fmt.Sprintf("api.s%d.read", i))
 	}
-	e.refusesAll("roles/web", fields{"project_id": openaisim.DefaultProject, "ttl": "1h"}, slices.Concat(
+	e.RefusesAll("roles/web", fields{"project_id": ours, "ttl": "1h"}, slices.Concat(
 		bads("project_id", "required", nil, ""),
 		bads("project_id", "", "proj_x/../../admin_api_keys", "proj_x?limit=1", strings.Repeat("p", 129), aMap),
 		bads("service_account_name_template", "", aMap, strings.Repeat("x", 257)),
@@ -1079,23 +737,23 @@ func TestRoleBadInput(t *testing.T) {
 		bads("service_account_role", "member or owner", "none", "admin"), bads("service_account_role", "", aMap),
 		bads("service_account_id", "", "svc_acct_x/api_keys", strings.Repeat("s", 129), aMap),
 	))
-	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
-	e.ok("roles/web", fields{"scopes": "api.all.read", "service_account_role": "owner"})
-	e.refused("roles/web", fields{"service_account_id": account}, "service_account_role", "service_account_id", "exclude")
-	e.refused("roles/web", fields{"scopes": ""}, "service_account_role needs scopes")
-	e.ok("roles/web", fields{"service_account_id": account, "service_account_role": ""})
-	e.ok("roles/web", fields{"scopes": scopes[1:]})
+	account := e.sim.AddServiceAccount(ours, "app", "member")
+	e.OK("roles/web", fields{"scopes": "api.all.read", "service_account_role": "owner"})
+	e.Refused("roles/web", fields{"service_account_id": account}, "service_account_role", "service_account_id", "exclude")
+	e.Refused("roles/web", fields{"scopes": ""}, "service_account_role needs scopes")
+	e.OK("roles/web", fields{"service_account_id": account, "service_account_role": ""})
+	e.OK("roles/web", fields{"scopes": scopes[1:]})
 }
 
 // TestRole: a write changes what it names, and a role that was deleted gives no credential.
 func TestRole(t *testing.T) {
 	e := newEnv(t)
 	e.configure(nil)
-	account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
+	account := e.sim.AddServiceAccount(ours, "app", "member")
 	exists := func() string {
 		req := &logical.Request{Path: "roles/web.1", Operation: logical.CreateOperation, Storage: e.Storage}
 		_, exists, err := e.b().HandleExistenceCheck(t.Context(), req)
-		return fmt.Sprint(e.op(logical.ListOperation, "roles", nil).Data, e.get("roles/web.1") != nil, exists, err)
+		return fmt.Sprint(e.Must("list roles", nil).Data, e.Get("roles/web.1") != nil, exists, err)
 	}
 	same(t, "before it is written", exists(), "map[] false false <nil>")
 	want := fields{
@@ -1114,18 +772,18 @@ func TestRole(t *testing.T) {
 		{fields{"scopes": ""}, fields{"scopes": "[]"}}, {fields{"service_account_id": ""}, nil},
 	} {
 		// The longest max_ttl is over the mount's maximum.
-		e.warned(step.write, e.ok("roles/web.1", step.write), strings.Count(fmt.Sprint(step.write), "365d"))
+		e.Warned(step.write, e.OK("roles/web.1", step.write), strings.Count(fmt.Sprint(step.write), "365d"))
 		maps.Copy(want, step.write)
 		maps.Copy(want, step.shown)
-		same(t, "role", e.get("roles/web.1").Data, want)
+		same(t, "role", e.Get("roles/web.1").Data, want)
 	}
-	e.ok("roles/short", fields{"project_id": "proj_sim", "max_ttl": "10m"})
-	same(t, "ttl with a max_ttl below its default", e.get("roles/short").Data["ttl"], 600)
+	e.OK("roles/short", fields{"project_id": "proj_sim", "max_ttl": "10m"})
+	same(t, "ttl with a max_ttl below its default", e.Get("roles/short").Data["ttl"], 600)
 	same(t, "when it is there", exists(), "map[keys:[short web.1]] true true <nil>")
-	same(t, "delete", e.op(logical.DeleteOperation, "roles/web.1", nil), (*logical.Response)(nil))
+	same(t, "delete", e.Must("delete roles/web.1", nil), (*logical.Response)(nil))
 	same(t, "when it is deleted", exists(), "map[keys:[short]] false false <nil>")
-	resp, err := e.request("read creds/web.1", nil)
-	e.refusal(resp, err, `role "web.1" does not exist`)
+	resp, err := e.Request("read creds/web.1", nil)
+	e.Refusal(resp, err, `role "web.1" does not exist`)
 }
 
 // TestRoleProof: what OpenAI refuses of a role is not stored; what works but is no good idea is stored with a warning.
@@ -1150,15 +808,15 @@ func TestRoleProof(t *testing.T) {
 		e.sim.ArchiveProject("proj_archived")
 		data := fields{"ttl": "2h", tt.field: tt.value}
 		if name, role, ok := strings.Cut(tt.value, " "); ok {
-			data[tt.field] = e.sim.AddServiceAccount(openaisim.DefaultProject, name, role)
+			data[tt.field] = e.sim.AddServiceAccount(ours, name, role)
 		}
-		e.wire.sent()
+		e.Wire.Sent()
 		if tt.refusal != "" {
-			e.unchanged(data, func() { e.refused("roles/web", data, strings.Split(tt.refusal, "|")...) })
+			e.Unchanged(data, func() { e.Refused("roles/web", data, strings.Split(tt.refusal, "|")...) })
 		} else {
-			e.warned(data, e.ok("roles/web", data), min(len(tt.warning), 1), strings.Split(tt.warning, "|")...)
+			e.Warned(data, e.OK("roles/web", data), min(len(tt.warning), 1), strings.Split(tt.warning, "|")...)
 		}
-		same(t, tt.value+": calls", len(e.wire.sent()), tt.calls)
+		same(t, tt.value+": calls", len(e.Wire.Sent()), tt.calls)
 	}
 }
 
@@ -1166,9 +824,9 @@ func TestRoleProof(t *testing.T) {
 func TestRoleAccountName(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		for i, name := range []string{"first", "second"} {
-			id := e.sim.AddServiceAccount(openaisim.DefaultProject, name, "member")
-			e.sim.Inject(openaisim.Fault{Method: "GET", Skip: 2 - 2*i, Times: 4}) // so that the second's name is not known
-			e.ok("roles/web", fields{"service_account_id": id})
+			id := e.sim.AddServiceAccount(ours, name, "member")
+			e.sim.Inject(fault{Method: "GET", Skip: 2 - 2*i, Times: 4}) // so that the second's name is not known
+			e.OK("roles/web", fields{"service_account_id": id})
 			got := e.lease("web").Data
 			same(t, "account", fmt.Sprint(got["service_account_id"], got["service_account"]), id+[]string{"first", ""}[i])
 		}
@@ -1180,8 +838,8 @@ func TestRoleAccountName(t *testing.T) {
 func TestRoleWrittenMeanwhile(t *testing.T) {
 	const described = " Service account created by Vault"
 	restricted, longer := fields{"scopes": "api.a.read"}, fields{"ttl": "3h"}
-	whole := fields{"project_id": openaisim.DefaultProject, "ttl": "2h"}
-	old := fields{"project_id": openaisim.DefaultProject, "scopes": "api.a.read", "service_account_description": "old"}
+	whole := fields{"project_id": ours, "ttl": "2h"}
+	old := fields{"project_id": ours, "scopes": "api.a.read", "service_account_description": "old"}
 	for name, tt := range map[string]struct {
 		before, meanwhile, write fields // of roles/new; meanwhile nil: it is deleted
 		want                     string // scopes, ttl, description; empty: refused
@@ -1193,24 +851,24 @@ func TestRoleWrittenMeanwhile(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			e := newConfiguredEnv(t)
 			if tt.before != nil {
-				e.ok("roles/new", tt.before)
+				e.OK("roles/new", tt.before)
 			}
-			e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
-				e.wire.setFault(nil)
+			e.Wire.SetFault(func(_ *http.Request, send vaultsim.Send) (*http.Response, error) {
+				e.Wire.SetFault(nil)
 				if tt.meanwhile == nil {
-					e.op(logical.DeleteOperation, "roles/new", nil)
+					e.Must("delete roles/new", nil)
 				} else {
-					e.ok("roles/new", tt.meanwhile)
+					e.OK("roles/new", tt.meanwhile)
 				}
 				return send()
 			})
 			if tt.want == "" {
-				e.refused("roles/new", tt.write, "project_id is required")
-				same(t, "role", e.get("roles/new"), (*logical.Response)(nil))
+				e.Refused("roles/new", tt.write, "project_id is required")
+				same(t, "role", e.Get("roles/new"), (*logical.Response)(nil))
 				return
 			}
-			e.ok("roles/new", tt.write)
-			got := e.get("roles/new").Data
+			e.OK("roles/new", tt.write)
+			got := e.Get("roles/new").Data
 			same(t, "role", fmt.Sprint(got["scopes"], " ", got["ttl"], " ", got["service_account_description"]), tt.want)
 		})
 	}
@@ -1221,15 +879,15 @@ func TestRoleWritesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		e.sim.SetLatency(time.Second)
 		e.Storage.SetAfter(func(string, string) error { runtime.Gosched(); return nil })
-		want := e.get("roles/web").Data
+		want := e.Get("roles/web").Data
 		var writes sync.WaitGroup
 		for _, data := range []fields{{"ttl": 7200}, {"max_ttl": 18000}, {"scopes": []string{"api.a.read"}},
 			{"enforce_key_expiry": false}, {"service_account_description": "new"}, {"service_account_name_template": "new"}} {
 			maps.Copy(want, data)
-			writes.Go(func() { e.ok("roles/web", data) })
+			writes.Go(func() { e.OK("roles/web", data) })
 		}
 		writes.Wait()
-		same(t, "role", e.get("roles/web").Data, want)
+		same(t, "role", e.Get("roles/web").Data, want)
 	})
 }
 
@@ -1261,19 +919,19 @@ func TestNameTemplates(t *testing.T) {
 // two are the same, whatever the template of an older role and the asking token make of it.
 func TestNamesUnique(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		mount := fmt.Sprint(e.get("config").Data["mount_id"])
-		same(t, "mount_id of tidy", e.get("tidy").Data["mount_id"], mount)
-		same(t, "mount_id of a pass", e.ok("tidy", nil).Data["mount_id"], mount)
+		mount := fmt.Sprint(e.Get("config").Data["mount_id"])
+		same(t, "mount_id of tidy", e.Get("tidy").Data["mount_id"], mount)
+		same(t, "mount_id of a pass", e.OK("tidy", nil).Data["mount_id"], mount)
 		other, seen := "x-"+newSuffix("bbbbbb", time.Now().Add(-time.Hour)), map[string]bool{}
 		for _, template := range []string{"fixed", "{{truncate 1 .RandomSuffix}}", "{{unix_time}}", "{{.DisplayName}}",
 			"{{.RandomSuffix}}-{{.DisplayName}}", "{{.DisplayName}}-{{.RandomSuffix}}"} {
 			text, _ := json.Marshal(role{ProjectID: "proj_sim", ServiceAccountNameTemplate: template, MaxTTL: 2 * time.Hour})
-			e.put("roles/old", string(text))
+			e.Storage.Set("roles/old", string(text))
 			for _, e.DisplayName = range []string{"token", "", "…", "---", strings.Repeat("x", 99), other, "{{.}}\r\x00"} {
 				for range 10 {
 					data := e.lease("old").Data
 					name := data["service_account"].(string)
-					accounts := e.sim.ServiceAccounts(openaisim.DefaultProject)
+					accounts := e.sim.ServiceAccounts(ours)
 					same(t, "account at OpenAI", accounts[len(accounts)-1].Name, name)
 					tag, end, ok := parseName(name)
 					if want := endOf(time.Now(), 2*time.Hour); !ok || tag != mount || !end.Equal(want) || seen[name] {
@@ -1290,13 +948,13 @@ func TestNamesUnique(t *testing.T) {
 // TestNameProject: a project's name costs a call where a template uses it, once.
 func TestNameProject(t *testing.T) {
 	e := newConfiguredEnv(t)
-	e.ok("roles/named", fields{"project_id": "proj_sim", "service_account_name_template": "{{.ProjectName}}"})
+	e.OK("roles/named", fields{"project_id": "proj_sim", "service_account_name_template": "{{.ProjectName}}"})
 	e.Restart()
-	e.wire.sent()
+	e.Wire.Sent()
 	for i, want := range []int{2, 1, 1} {
 		name := e.lease("named").Data["service_account"].(string)
 		same(t, "prefix of the name", name[:len(name)-suffixLength], "Simulated-project-")
-		same(t, fmt.Sprint("calls for credential ", i), len(e.wire.sent()), want)
+		same(t, fmt.Sprint("calls for credential ", i), len(e.Wire.Sent()), want)
 	}
 }
 
@@ -1346,13 +1004,13 @@ var credKinds = func() map[string]credKind {
 // write writes the role "r" of this kind.
 func (k credKind) write(e *env) {
 	e.t.Helper()
-	role := map[string]any{
+	role := fields{
 		"project_id": "proj_sim", "max_ttl": "2h", "scopes": k.scopes, "enforce_key_expiry": !k.unexpiring,
 	}
 	if k.account != "" {
-		role["service_account_id"] = e.sim.AddServiceAccount(openaisim.DefaultProject, "there", k.account)
+		role["service_account_id"] = e.sim.AddServiceAccount(ours, "there", k.account)
 	}
-	e.ok("roles/r", role)
+	e.OK("roles/r", role)
 }
 
 // have checks that OpenAI has n credentials of this kind, and nothing else but the existing account.
@@ -1367,49 +1025,20 @@ func (k credKind) have(e *env, n int, when string) {
 
 // keyExpires returns when OpenAI expires the first key, and the end that its name or its account's has.
 func (k credKind) keyExpires(e *env) (expires, end time.Time) {
-	key := e.sim.ProjectKeys(openaisim.DefaultProject)[0]
+	key := e.sim.ProjectKeys(ours)[0]
 	name := key.Name
 	if k.account == "" {
-		name = e.sim.ServiceAccounts(openaisim.DefaultProject)[0].Name
+		name = e.sim.ServiceAccounts(ours)[0].Name
 	}
 	_, end, _ = parseName(name)
 	return key.Expires, end
 }
 
-// eachInBubble runs test on a configured mount in a bubble for each row of a table.
-func eachInBubble[T any](t *testing.T, table map[string]T, test func(t *testing.T, e *env, tt T)) {
-	for name, tt := range table {
-		t.Run(name, func(t *testing.T) {
-			inBubble(t, func(t *testing.T, e *env) { test(t, e, tt) })
-		})
-	}
-}
-
 // eachCredKind is eachInBubble for the kinds of roles.
 func eachCredKind(t *testing.T, test func(t *testing.T, e *env, k credKind)) {
-	eachInBubble(t, credKinds, func(t *testing.T, e *env, k credKind) {
+	inBubbles(t, credKinds, func(t *testing.T, e *env, k credKind) {
 		k.write(e)
 		test(t, e, k)
-	})
-}
-
-// callsFail makes the calls to OpenAI of a method ("": any) meet f from now on.
-func (e *env) callsFail(method string, f openaisim.Fault) {
-	f.Method, f.Times = method, -1
-	e.sim.Inject(f)
-}
-
-// failPuts is a fault of storage: the plugin's writes fail.
-func failPuts(verb, _ string) error { return map[string]error{"put": errStep}[verb] }
-
-// afterCalls has do called once, before the answer to the nth call to OpenAI arrives.
-func (e *env) afterCalls(n int, do func()) {
-	e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
-		resp, err := send()
-		if n--; n == 0 {
-			do()
-		}
-		return resp, err
 	})
 }
 
@@ -1427,25 +1056,7 @@ func (e *env) remembers(lost, cleanups int, when string) {
 func (e *env) leaseRequest(op logical.Operation, issued time.Time, internal map[string]any) error {
 	req := &logical.Request{Operation: op, Storage: e.Storage, Secret: &logical.Secret{InternalData: internal}}
 	req.Secret.IssueTime = issued
-	return failure(e.b().HandleRequest(context.Background(), req))
-}
-
-// must ends the test at an error.
-func (e *env) must(err error) {
-	e.t.Helper()
-	if err != nil {
-		e.t.Fatal(err)
-	}
-}
-
-// failsWith checks that err has text.
-func (e *env) failsWith(what string, err error, text string) {
-	e.t.Helper()
-	if err == nil || !strings.Contains(err.Error(), text) {
-		e.t.Errorf("%s: got error %v, want %q", what, err, text)
-		return
-	}
-	e.noSecrets("an error", err.Error())
+	return vaultsim.Failure(e.b().HandleRequest(context.Background(), req))
 }
 
 // TestCreds issues and revokes a credential of each kind of role, with exactly these requests; LIFE is a key's expiry.
@@ -1460,37 +1071,36 @@ func TestCreds(t *testing.T) {
 		account = "DELETE ACCOUNTS/ACCOUNT"
 		only    = "DELETE KEYS/KEY"
 	)
-	type role = map[string]any
 	type row struct {
 		issue, revoke string // the requests to OpenAI
-		role          role
+		role          fields
 	}
-	eachInBubble(t, map[string]row{
-		"own account": {`POST ACCOUNTS {LIFE"name":"NAME"}`, account, role{}},
-		"scoped":      {keyless + member + key + two, account, role{"scopes": "api.b.c,api.a.read"}},
+	inBubbles(t, map[string]row{
+		"own account": {`POST ACCOUNTS {LIFE"name":"NAME"}`, account, fields{}},
+		"scoped":      {keyless + member + key + two, account, fields{"scopes": "api.b.c,api.a.read"}},
 		"scoped, owner": {
-			keyless + owner + key + one, account, role{"scopes": "api.a.read", "service_account_role": "owner"}},
-		"existing":         {key + "}", only, role{"service_account_id": ""}},
-		"existing, scopes": {key + one, only, role{"service_account_id": "", "scopes": "api.a.read"}},
+			keyless + owner + key + one, account, fields{"scopes": "api.a.read", "service_account_role": "owner"}},
+		"existing":         {key + "}", only, fields{"service_account_id": ""}},
+		"existing, scopes": {key + one, only, fields{"service_account_id": "", "scopes": "api.a.read"}},
 	}, func(t *testing.T, e *env, tt row) {
-		there, role := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member"), tt.role
+		there, role := e.sim.AddServiceAccount(ours, "app", "member"), tt.role
 		if role["service_account_id"] != nil {
 			role["service_account_id"] = there
 		}
 		for _, expiring := range []bool{true, false} {
 			role["enforce_key_expiry"] = expiring
-			e.ok("roles/web", role)
-			e.wire.sent()
+			e.OK("roles/web", role)
+			e.Wire.Sent()
 			l, issue := e.lease("web"), tt.issue
 			words := e.checkCredential(l, role)
 			if !expiring {
 				issue = strings.Replace(issue, "LIFE", "", 1)
 			}
-			if got := words.Replace(strings.Join(e.wire.sent(), "\n")); got != issue {
+			if got := words.Replace(strings.Join(e.Wire.Sent(), "\n")); got != issue {
 				t.Errorf("requests:\n got %s\nwant %s", got, issue)
 			}
-			e.revoke(l)
-			if got := words.Replace(strings.Join(e.wire.sent(), "\n")); got != tt.revoke {
+			e.MustRevoke(l)
+			if got := words.Replace(strings.Join(e.Wire.Sent(), "\n")); got != tt.revoke {
 				t.Errorf("requests of the revocation: got %s, want %s", got, tt.revoke)
 			}
 			e.have(1, 0, "after revocation")
@@ -1502,7 +1112,7 @@ func TestCreds(t *testing.T) {
 // puts words in the place of ids and paths.
 func (e *env) checkCredential(l *vaultsim.Lease, role map[string]any) *strings.Replacer {
 	e.t.Helper()
-	keys, accounts := e.sim.ProjectKeys(openaisim.DefaultProject), e.sim.ServiceAccounts(openaisim.DefaultProject)
+	keys, accounts := e.sim.ProjectKeys(ours), e.sim.ServiceAccounts(ours)
 	k, made := keys[0], accounts[len(accounts)-1]
 	name := made.Name
 	if role["service_account_id"] != nil {
@@ -1514,9 +1124,9 @@ func (e *env) checkCredential(l *vaultsim.Lease, role map[string]any) *strings.R
 	}
 	wantRole, _ := role["service_account_role"].(string)
 	tag, end, _ := parseName(name)
-	data, header := maps.Clone(l.Data), e.wire.header
+	data, header := maps.Clone(l.Data), e.Wire.Header()
 	delete(data, "api_key")
-	e.noSecrets("the lease besides api_key", fmt.Sprint(data))
+	e.NoSecrets("the lease besides api_key", fmt.Sprint(data))
 	for what, values := range map[string][2]any{
 		"owner":      {[]any{len(keys), k.ServiceAccountID, made.Role}, []any{1, made.ID, cmp.Or(wantRole, "member")}},
 		"name":       {[]any{tag, end}, []any{e.b().mountID, endOf(l.Issued, 24*time.Hour)}},
@@ -1528,7 +1138,7 @@ func (e *env) checkCredential(l *vaultsim.Lease, role map[string]any) *strings.R
 			[]string{"vault-plugin-secrets-openai", "org-sim", "application/json"},
 		},
 		"key sent": {header.Get("Authorization") == "Bearer "+e.config().AdminAPIKey, true},
-		"answer": {data, map[string]any{
+		"answer": {data, fields{
 			"api_key_id": k.ID, "service_account": made.Name, "service_account_id": made.ID, "project_id": "proj_sim",
 			"organization_id": "org-sim", "scopes": k.Scopes, "expires_at": text,
 		}},
@@ -1552,7 +1162,7 @@ func TestCredsStorage(t *testing.T) {
 			t.Helper()
 			e.Storage.ResetCounts()
 			for i := range leases {
-				e.must(do(i))
+				e.NoError(do(i))
 			}
 			if got := e.Storage.Counts(); !maps.Equal(got, want) {
 				t.Errorf("storage operations for %d: got %v, want %v", n, got, want)
@@ -1579,18 +1189,18 @@ func TestCredsTTL(t *testing.T) {
 		want        time.Duration
 	}{
 		{"1h", "24h", usual, nil, hour},
-		{"1h", "24h", usual, map[string]any{"ttl": 1}, time.Second},
-		{"1h", "24h", usual, map[string]any{"ttl": "24h"}, 24 * hour},
+		{"1h", "24h", usual, fields{"ttl": 1}, time.Second},
+		{"1h", "24h", usual, fields{"ttl": "24h"}, 24 * hour},
 		{"12h", "24h", 6 * hour, nil, 6 * hour},
-		{"1h", "24h", 6 * hour, map[string]any{"ttl": "7h"}, 6 * hour},
-		{"1h", "24h", 0, map[string]any{"ttl": "7h"}, 7 * hour},
+		{"1h", "24h", 6 * hour, fields{"ttl": "7h"}, 6 * hour},
+		{"1h", "24h", 0, fields{"ttl": "7h"}, 7 * hour},
 		{"365d", "365d", 10000 * hour, nil, year},
 	} {
 		inBubble(t, func(t *testing.T, e *env) {
-			e.ok("roles/web", map[string]any{"ttl": tt.ttl, "max_ttl": tt.maxTTL})
+			e.OK("roles/web", fields{"ttl": tt.ttl, "max_ttl": tt.maxTTL})
 			e.System.MaxLeaseTTLVal = tt.mount
 			l, err := e.Issue("creds/web", tt.asked)
-			e.must(err)
+			e.NoError(err)
 			expires, _ := credKind{}.keyExpires(e)
 			ttl, over := l.Expires.Sub(l.Issued), expires.Sub(l.Expires)
 			warned := strings.Contains(fmt.Sprint(l.Warnings), "mount's maximum")
@@ -1606,31 +1216,30 @@ func TestCredsRefused(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		refused := func(path string, ttl any, want string) {
 			t.Helper()
-			resp, err := e.Do(logical.ReadOperation, path, map[string]any{"ttl": ttl})
-			e.refusal(resp, err, want)
+			resp, err := e.Do(logical.ReadOperation, path, fields{"ttl": ttl})
+			e.Refusal(resp, err, want)
 		}
-		for _, ttl := range []any{86401, 0, "", "-1h", "soon", int64(math.MaxInt64), map[string]any{"k": "sk-x"}} {
+		for _, ttl := range []any{86401, 0, "", "-1h", "soon", int64(math.MaxInt64), fields{"k": "sk-x"}} {
 			refused("creds/web", ttl, "ttl")
 		}
 		refused("creds/none", 1, `role "none"`)
-		e.op(logical.DeleteOperation, "config", nil)
+		e.Must("delete config", nil)
 		refused("creds/web", 1, "not configured")
 		e.have(0, 0, "after refusals")
 	})
 	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
 		e.sim.SetMaxKeyLife(600) // OpenAI caps the life of keys
 		resp, err := e.Do(logical.ReadOperation, "creds/r", nil)
-		e.refusal(resp, err, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
-		e.ok("roles/r", map[string]any{"enforce_key_expiry": true})
-		_, err = e.Issue("creds/r", map[string]any{"ttl": 540})
-		e.must(err)
+		e.Refusal(resp, err, "expires_in_seconds", "600", "enforce_key_expiry", "ttl and max_ttl")
+		e.OK("roles/r", fields{"enforce_key_expiry": true})
+		_, err = e.Issue("creds/r", fields{"ttl": 540})
+		e.NoError(err)
 	})
 }
 
 // TestCredsFailed is about what a caller sees, and what is left at OpenAI and remembered, when OpenAI fails a
 // credential's creation. What has an id is undone at once.
 func TestCredsFailed(t *testing.T) {
-	type fault = openaisim.Fault
 	type row struct {
 		fault
 		want    string // in the error; empty: a credential
@@ -1646,7 +1255,7 @@ func TestCredsFailed(t *testing.T) {
 		f.Path = map[string]string{"role": "/service_accounts/[^/]+$", "API key": "/api_keys$"}[want]
 		return row{fault: f, want: "creating " + want, mistake: mistake}
 	}
-	eachInBubble(t, map[string]row{
+	inBubbles(t, map[string]row{
 		"refused connection":      {fault: fault{Kind: "refuse"}, want: "connection refused"},
 		"limited without end":     refused(429, false),
 		"hanging":                 lost("timed out", fault{Kind: "hang", Process: true}),
@@ -1663,7 +1272,7 @@ func TestCredsFailed(t *testing.T) {
 		"key hanging":             scoped("API key", false, fault{Kind: "hang", Process: true}),
 	}, func(t *testing.T, e *env, tt row) {
 		if tt.Path != "" {
-			e.ok("roles/web", map[string]any{"scopes": "api.a.read"})
+			e.OK("roles/web", fields{"scopes": "api.a.read"})
 		}
 		tt.Method, tt.Times = http.MethodPost, cmp.Or(tt.Times, -1)
 		e.sim.Inject(tt.fault)
@@ -1674,14 +1283,14 @@ func TestCredsFailed(t *testing.T) {
 		}
 		made := map[bool]int{true: 1, false: 0}
 		want := made[tt.want == "" && tt.Status != 200] // 200 is a gateway's answer
-		if failed := failure(resp, err); tt.want == "" {
-			e.must(failed)
+		if failed := vaultsim.Failure(resp, err); tt.want == "" {
+			e.NoError(failed)
 			warned, works := len(resp.Warnings) == 1, e.sim.Use(resp.Data["api_key"].(string))
 			if warned != (want == 0) || works == warned {
 				t.Errorf("got warnings %q, want one where the key does not expire; accepted: %v", resp.Warnings, works)
 			}
 		} else {
-			e.failsWith("creds", failed, tt.want)
+			e.Fails("creds", failed, tt.want)
 			id := strings.Contains(failed.Error(), "request id req_")
 			if tt.mistake != resp.IsError() || tt.Status >= 400 && !id {
 				t.Errorf("got %v, want the caller's mistake: %v, and the request's id", failed, tt.mistake)
@@ -1698,9 +1307,9 @@ func TestCredsFailed(t *testing.T) {
 
 // handsOut tells whether a credential must be handed out although the fault befell this step: 1 and 2 read role and
 // config, then come the calls.
-func (k credKind) handsOut(fault stepFault, step int) bool {
+func (k credKind) handsOut(fault vaultsim.StepFault, step int) bool {
 	again := k.calls == 3 && step == 4 // to set the account's role does no harm a second time
-	return !fault.all && !fault.cancel && step > 2 && (again || fault.refused || fault.status == 429)
+	return !fault.All && !fault.Cancel && step > 2 && (again || fault.Refused || fault.Status == 429)
 }
 
 // TestCredsFaults: whatever issuing a credential meets at whatever step, minutes later OpenAI has nothing that was not
@@ -1709,12 +1318,12 @@ func (k credKind) handsOut(fault stepFault, step int) bool {
 func TestCredsFaults(t *testing.T) {
 	for name, k := range credKinds {
 		t.Run(name, func(t *testing.T) {
-			everyStep(t, 2+k.calls, func(t *testing.T, fault stepFault, at int) bool {
+			vaultsim.EveryStep(t, 2+k.calls, func(t *testing.T, fault vaultsim.StepFault, at int) bool {
 				e := newConfiguredEnv(t)
 				k.write(e)
 				e.Restart() // so that config is read
 				restricted := func() {
-					for _, key := range e.sim.ProjectKeys(openaisim.DefaultProject) {
+					for _, key := range e.sim.ProjectKeys(ours) {
 						if got := strings.Join(key.Scopes, ","); got != k.scopes {
 							t.Errorf("a key has the scopes %q, want %q", got, k.scopes)
 						}
@@ -1723,7 +1332,7 @@ func TestCredsFaults(t *testing.T) {
 				var l *vaultsim.Lease
 				var err error
 				start := time.Now()
-				reached := e.atStep(fault, at, restricted, func(ctx context.Context) {
+				reached := e.AtStep(fault, at, restricted, func(ctx context.Context) {
 					l, err = e.IssueContext(ctx, "creds/r", nil)
 				})
 				if want := !reached || k.handsOut(fault, at); (err == nil) != want {
@@ -1733,11 +1342,11 @@ func TestCredsFaults(t *testing.T) {
 					e.livesOn(k, l)
 					return reached
 				}
-				e.noSecrets("an error", err.Error())
-				if !fault.all && (fault.arrives || k.calls == 3 && at >= 4) {
+				e.NoSecrets("an error", err.Error())
+				if !fault.All && (fault.Arrives || k.calls == 3 && at >= 4) {
 					k.have(e, 0, "at once, since the ids are known")
 				}
-				if fault.crash {
+				if fault.Crash {
 					e.Run(time.Until(endOf(start, 2*time.Hour).Add(75 * time.Minute)))
 				} else {
 					e.Run(4 * time.Minute)
@@ -1768,25 +1377,25 @@ func (e *env) livesOn(k credKind, l *vaultsim.Lease) {
 // TestCredsUndone: when the request ends while its last answer arrives, the credential is deleted at once. Where that
 // fails it is remembered, also over a crash, and where nothing can be stored it goes as a lost create or by its end.
 func TestCredsUndone(t *testing.T) {
-	fails := openaisim.Fault{Method: http.MethodDelete, Times: -1}
+	fails := fault{Method: http.MethodDelete, Times: -1}
 	for name, tt := range map[string]struct {
-		fault                openaisim.Fault
-		storage              func(verb, key string) error
-		left, lost, cleanups int // at once
+		fault                fault
+		verb                 string // of storage that fails; empty: none
+		left, lost, cleanups int    // at once
 	}{
-		"undone":            {openaisim.Fault{Path: "^none$"}, nil, 0, 0, 0},
-		"stored":            {fails, nil, 1, 0, 1},
-		"stored, crash":     {fails, nil, 1, 0, 1},
-		"not stored":        {fails, failPuts, 1, 1, 0},
-		"not stored, crash": {fails, failPuts, 1, 1, 0},
+		"undone":            {fault{Path: "^none$"}, "", 0, 0, 0},
+		"stored":            {fails, "", 1, 0, 1},
+		"stored, crash":     {fails, "", 1, 0, 1},
+		"not stored":        {fails, "put", 1, 1, 0},
+		"not stored, crash": {fails, "put", 1, 1, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachCredKind(t, func(t *testing.T, e *env, k credKind) {
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
-				e.afterCalls(k.calls, cancel)
+				e.Wire.AfterCall(k.calls, cancel)
 				e.sim.Inject(tt.fault)
-				e.Storage.SetFault(tt.storage)
+				e.Storage.Fail(tt.verb, "")
 				if _, err := e.IssueContext(ctx, "creds/r", nil); !errors.Is(err, context.Canceled) {
 					t.Errorf("creds: got %v, want that the request was cancelled", err)
 				}
@@ -1816,14 +1425,14 @@ func TestCredsClock(t *testing.T) {
 		eachCredKind(t, func(t *testing.T, e *env, k credKind) {
 			e.sim.Advance(behind)
 			key, id := e.sim.AddAdminKey("of this time")
-			e.configure(map[string]any{"admin_api_key": key, "admin_api_key_id": id})
+			e.configure(fields{"admin_api_key": key, "admin_api_key_id": id})
 			l, err := e.Issue("creds/r", nil)
 			if want {
-				e.must(err)
+				e.NoError(err)
 				e.livesOn(k, l)
 				return
 			}
-			e.failsWith("creds", err, "clock is behind OpenAI's")
+			e.Fails("creds", err, "clock is behind OpenAI's")
 			k.have(e, 0, "at once")
 			e.remembers(0, 0, "at once")
 		})
@@ -1834,9 +1443,9 @@ func TestCredsClock(t *testing.T) {
 // nothing is handed out. In a suspended machine the request's own clock stands still, which no bubble can show.
 func TestCredsTooOld(t *testing.T) {
 	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
-		e.afterCalls(k.calls, func() { time.Sleep(3*time.Minute + time.Second) })
-		_, err := e.Issue("creds/r", map[string]any{"ttl": "2h"})
-		e.failsWith("creds", err, "too old")
+		e.Wire.AfterCall(k.calls, func() { time.Sleep(3*time.Minute + time.Second) })
+		_, err := e.Issue("creds/r", fields{"ttl": "2h"})
+		e.Fails("creds", err, "too old")
 		k.have(e, 0, "at once")
 	})
 }
@@ -1845,23 +1454,23 @@ func TestCredsTooOld(t *testing.T) {
 // life. However long it waits, the key outlives the lease that Vault makes of the answer, and ends before tidy takes
 // its account for left behind.
 func TestCredsRenewal(t *testing.T) {
-	none, after := openaisim.Fault{Path: "^none$"}, http.Header{"Retry-After": {"48"}}
-	limited := openaisim.Fault{Status: 429, Header: after}
+	none, after := fault{Path: "^none$"}, http.Header{"Retry-After": {"48"}}
+	limited := fault{Status: 429, Header: after}
 	for name, tt := range map[string]struct {
 		latency time.Duration
-		fault   openaisim.Fault
+		fault   fault
 		calls   int
 		over    time.Duration // how long at most a key outlives its lease
 	}{
 		"quick":         {6 * time.Second, none, 1, keyGrace + 6*time.Second},
 		"slow answer":   {24 * time.Second, none, 1, keyGrace + 24*time.Second},
-		"slow errors":   {20 * time.Second, openaisim.Fault{Times: 2}, 3, keyGrace + requestTimeout},
+		"slow errors":   {20 * time.Second, fault{Times: 2}, 3, keyGrace + requestTimeout},
 		"limited":       {0, limited, 2, keyGrace + requestTimeout},
 		"limited, slow": {12 * time.Second, limited, 2, keyGrace + requestTimeout},
 	} {
 		t.Run(name, func(t *testing.T) {
 			eachCredKind(t, func(t *testing.T, e *env, k credKind) {
-				e.ok("roles/r", map[string]any{"max_ttl": "4h"})
+				e.OK("roles/r", fields{"max_ttl": "4h"})
 				e.System.MaxLeaseTTLVal = 3 * time.Hour
 				e.sim.SetLatency(6 * time.Second)
 				l := e.lease("r")
@@ -1876,14 +1485,14 @@ func TestCredsRenewal(t *testing.T) {
 				} {
 					time.Sleep(step.wait)
 					e.sim.Inject(tt.fault)
-					e.wire.sent()
-					e.must(e.Renew(l, step.increment))
+					e.Wire.Sent()
+					e.NoError(e.Renew(l, step.increment))
 					ttl, want := time.Until(l.Expires), min(step.want, time.Until(l.Issued.Add(3*time.Hour)))
 					if off := ttl - want; off.Abs() > time.Second {
 						t.Errorf("after %s: got ttl %s, want %s", time.Since(l.Issued), ttl, want)
 					}
 					expires, end := k.keyExpires(e)
-					over, sent := expires.Sub(l.Expires), e.wire.sent()
+					over, sent := expires.Sub(l.Expires), e.Wire.Sent()
 					fits := over >= 0 && over <= tt.over && expires.Before(end.Add(tidyMargin)) && len(sent) == tt.calls
 					if k.unexpiring {
 						fits = expires.IsZero() && len(sent) == 0
@@ -1908,7 +1517,7 @@ func TestCredsMaxTTLChanged(t *testing.T) {
 		renew := func(wait, latest time.Duration) {
 			t.Helper()
 			e.Run(wait)
-			e.must(e.Renew(l, 10*time.Hour))
+			e.NoError(e.Renew(l, 10*time.Hour))
 			expires, _ := k.keyExpires(e)
 			bound := l.Issued.Add(latest)
 			if l.MaxTTL > latest || !l.Expires.Equal(bound) || expires.After(bound.Add(keyGrace)) {
@@ -1917,11 +1526,11 @@ func TestCredsMaxTTLChanged(t *testing.T) {
 			}
 		}
 		renew(time.Minute, 2*time.Hour)
-		e.ok("roles/r", map[string]any{"max_ttl": "90m"})
+		e.OK("roles/r", fields{"max_ttl": "90m"})
 		renew(time.Minute, 90*time.Minute)
-		e.ok("roles/r", map[string]any{"max_ttl": "1m", "ttl": "1m"})
-		e.failsWith("renewal after the new max_ttl", e.Renew(l, 0), "can't be renewed")
-		e.ok("roles/r", map[string]any{"max_ttl": "48h", "ttl": "12h"})
+		e.OK("roles/r", fields{"max_ttl": "1m", "ttl": "1m"})
+		e.Fails("renewal after the new max_ttl", e.Renew(l, 0), "can't be renewed")
+		e.OK("roles/r", fields{"max_ttl": "48h", "ttl": "12h"})
 		latest := end.Add(-keyGrace).Sub(l.Issued) // a minute or two more than 2h
 		renew(time.Minute, latest)
 		renew(70*time.Minute, latest)
@@ -1935,7 +1544,7 @@ func TestCredsMaxTTLChanged(t *testing.T) {
 // OpenAI is not asked.
 func TestCredsPastEnd(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		issued, internal := time.Now(), e.get("creds/web").Secret.InternalData
+		issued, internal := time.Now(), e.Get("creds/web").Secret.InternalData
 		_, end := credKind{}.keyExpires(e)
 		hour, last := issued.Add(time.Hour), end.Add(-keyGrace)
 		for _, tt := range []struct {
@@ -1950,13 +1559,13 @@ func TestCredsPastEnd(t *testing.T) {
 			{end.Add(time.Hour), issued, 0},
 		} {
 			time.Sleep(time.Until(tt.at))
-			e.wire.sent()
+			e.Wire.Sent()
 			if err := e.leaseRequest(logical.RenewOperation, tt.issued, internal); tt.calls == 0 {
-				e.failsWith("renew", err, "can't be renewed")
+				e.Fails("renew", err, "can't be renewed")
 			} else {
-				e.must(err)
+				e.NoError(err)
 			}
-			if sent := e.wire.sent(); len(sent) != tt.calls {
+			if sent := e.Wire.Sent(); len(sent) != tt.calls {
 				t.Errorf("%+v: got requests %q", tt, sent)
 			}
 		}
@@ -1970,28 +1579,28 @@ func TestCredsRenewalRefused(t *testing.T) {
 		inner   bool // not the caller's mistake
 		prepare func(*env)
 	}
-	fails := func(f openaisim.Fault) func(*env) { return func(e *env) { e.callsFail("", f) } }
-	storage := func(e *env) { e.Storage.SetFault(func(string, string) error { return errStep }) }
-	eachInBubble(t, map[string]row{
-		"deleted role": {`role "web"`, false, func(e *env) { e.op(logical.DeleteOperation, "roles/web", nil) }},
-		"no config":    {"not configured", false, func(e *env) { e.op(logical.DeleteOperation, "config", nil) }},
+	fails := func(f fault) func(*env) { return func(e *env) { e.callsFail("", f) } }
+	storage := func(e *env) { e.Storage.SetFault(func(string, string) error { return vaultsim.ErrInjected }) }
+	inBubbles(t, map[string]row{
+		"deleted role": {`role "web"`, false, func(e *env) { e.Must("delete roles/web", nil) }},
+		"no config":    {"not configured", false, func(e *env) { e.Must("delete config", nil) }},
 		"expired key":  {"Expired", false, func(e *env) { e.sim.Advance(2 * time.Hour) }},
 		"policy":       {"ttl and max_ttl", false, func(e *env) { e.sim.SetMaxKeyLife(600) }},
-		"unreachable":  {"no answer from", true, fails(openaisim.Fault{Kind: "refuse"})},
-		"server error": {"500", true, fails(openaisim.Fault{Status: 500})},
-		"deleted key":  {"404", false, fails(openaisim.Fault{Status: 404})},
-		"storage":      {errStep.Error(), true, storage},
+		"unreachable":  {"no answer from", true, fails(fault{Kind: "refuse"})},
+		"server error": {"500", true, fails(fault{Status: 500})},
+		"deleted key":  {"404", false, fails(fault{Status: 404})},
+		"storage":      {vaultsim.ErrInjected.Error(), true, storage},
 	}, func(t *testing.T, e *env, tt row) {
 		l := e.lease("web")
-		before, ends := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject)), l.Expires
+		before, ends := fmt.Sprint(e.sim.ProjectKeys(ours)), l.Expires
 		tt.prepare(e)
 		err := e.Renew(l, 0)
-		e.failsWith("renew", err, tt.want)
+		e.Fails("renew", err, tt.want)
 		// Of an error response Vault has the text only.
-		if inner := errors.As(err, new(*apiError)) || errors.Is(err, errStep); inner != tt.inner {
+		if inner := errors.As(err, new(*apiError)) || errors.Is(err, vaultsim.ErrInjected); inner != tt.inner {
 			t.Errorf("got %v as an inner error: %v, want %v", err, inner, tt.inner)
 		}
-		if got := fmt.Sprint(e.sim.ProjectKeys(openaisim.DefaultProject)); got != before || !l.Expires.Equal(ends) {
+		if got := fmt.Sprint(e.sim.ProjectKeys(ours)); got != before || !l.Expires.Equal(ends) {
 			t.Errorf("got keys %s and a lease until %s, want %s and %s", got, l.Expires, before, ends)
 		}
 	})
@@ -2000,7 +1609,6 @@ func TestCredsRenewalRefused(t *testing.T) {
 // TestCredsRevokeGone: what is gone already is revoked, as is what OpenAI fails to delete three times in a row. What
 // may still be there is not, and is remembered.
 func TestCredsRevokeGone(t *testing.T) {
-	type fault = openaisim.Fault
 	gone := fault{Status: 404, Body: `{"error":{"message":"No such project","type":"invalid_request_error"}}`}
 	type row struct {
 		want    string // of the error; empty: revoked
@@ -2013,21 +1621,21 @@ func TestCredsRevokeGone(t *testing.T) {
 		return row{"", func(e *env) { e.sim.Inject(f) }}
 	}
 	for _, kind := range []string{"plain", "existing account"} {
-		eachInBubble(t, map[string]row{
+		inBubbles(t, map[string]row{
 			"errors":            thrice(fault{Status: 500}),
 			"limited":           thrice(fault{Status: 429, Header: http.Header{"Retry-After": {"5"}}}),
 			"closed":            thrice(fault{Kind: "close"}),
 			"deleted already":   thrice(fault{Kind: "close", Process: true}),
-			"project archived":  {"", func(e *env) { e.sim.ArchiveProject(openaisim.DefaultProject) }},
+			"project archived":  {"", func(e *env) { e.sim.ArchiveProject(ours) }},
 			"project deleted":   {"", all(gone)},
 			"project forgotten": {"", func(e *env) { deletions(fault{Status: 400})(e); e.callsFail("GET", gone) }},
 			"project is active": {"400", deletions(fault{Status: 400})},
 			"no access":         {"403", all(fault{Status: 403})},
 			"another server":    {"404", all(fault{Status: 404, Body: "<html>no such page"})},
 			"not confirmed":     {"lacks", deletions(fault{Status: 200, Body: `{"deleted":false}`})},
-			"no config":         {"not configured", func(e *env) { e.op(logical.DeleteOperation, "config", nil) }},
+			"no config":         {"not configured", func(e *env) { e.Must("delete config", nil) }},
 			"mistyped endpoint": {"404", func(e *env) {
-				e.configure(map[string]any{"api_endpoint": "https://api.openai.com/v2", "verify_connection": false})
+				e.configure(fields{"api_endpoint": "https://api.openai.com/v2", "verify_connection": false})
 			}},
 		}, func(t *testing.T, e *env, tt row) {
 			credKinds[kind].write(e)
@@ -2035,7 +1643,7 @@ func TestCredsRevokeGone(t *testing.T) {
 			tt.prepare(e)
 			start := time.Now()
 			if err := e.Revoke(l); tt.want != "" {
-				e.failsWith("revoke", err, tt.want)
+				e.Fails("revoke", err, tt.want)
 			} else if took := time.Since(start); err != nil || took > 20*time.Second {
 				t.Errorf("revoke: got %v after %s, want success within 20s", err, took)
 			}
@@ -2051,14 +1659,14 @@ func TestCredsRevokeGone(t *testing.T) {
 // plugin's own tries do not count.
 func TestCredsRevokeHandedOver(t *testing.T) {
 	for _, kind := range []string{"plain", "existing account"} {
-		eachInBubble(t, map[string]openaisim.Fault{
+		inBubbles(t, map[string]fault{
 			"500": {}, "429": {Status: 429}, "401": {Status: 401}, "hang": {Kind: "hang"}, "refuse": {Kind: "refuse"},
 			"429 for 20s": {Status: 429, Header: http.Header{"Retry-After": {"20"}}},
-		}, func(t *testing.T, e *env, fault openaisim.Fault) {
+		}, func(t *testing.T, e *env, fault fault) {
 			credKinds[kind].write(e)
-			secret := e.get("creds/r").Secret
+			secret := e.Get("creds/r").Secret
 			l, err := leaseOf(secret)
-			e.must(err)
+			e.NoError(err)
 			e.callsFail("", fault)
 			for attempt := 1; attempt <= maxRevokeFailures+1; attempt++ {
 				start := time.Now()
@@ -2072,7 +1680,7 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 				}
 				var entry cleanup
 				_ = json.Unmarshal([]byte(e.Storage.All()[cleanupPrefix+l.id()]), &entry)
-				taken := e.get("metrics").Data[metricPrefix+"revocations_handed_over_total"]
+				taken := e.Get("metrics").Data[metricPrefix+"revocations_handed_over_total"]
 				lines, over := e.Log.Count("error", l.id()), max(0, attempt-from+1)
 				if entry.Failures != attempt || lines != over || taken != float64(over) {
 					t.Errorf("attempt %d: the entry has %d failures, the log %d errors, the metric %v, want %d there",
@@ -2083,7 +1691,7 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 			e.Restart()
 			e.sim.ClearFaults()
 			e.Run(time.Minute)
-			e.idle()
+			e.quiet()
 			credKinds[kind].have(e, 0, "after OpenAI has recovered")
 			e.remembers(0, 0, "in the end")
 		})
@@ -2094,11 +1702,11 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 // it has given up, tidy deletes the account after the end in its name.
 func TestCredsRevokeStorageFault(t *testing.T) {
 	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
-		e.ok("roles/r", map[string]any{"ttl": "5m", "max_ttl": "1h"})
+		e.OK("roles/r", fields{"ttl": "5m", "max_ttl": "1h"})
 		l := e.lease("r")
-		e.callsFail(http.MethodDelete, openaisim.Fault{Status: 403})
-		e.Storage.SetFault(failPuts)
-		if err := e.Revoke(l); !errors.Is(err, errStep) || !isStatus(err, http.StatusForbidden) {
+		e.callsFail(http.MethodDelete, fault{Status: 403})
+		e.Storage.Fail("put", "")
+		if err := e.Revoke(l); !errors.Is(err, vaultsim.ErrInjected) || !isStatus(err, http.StatusForbidden) {
 			t.Errorf("revoke: got %v, want both failures", err)
 		}
 		e.Run(30 * time.Minute)
@@ -2119,27 +1727,27 @@ func TestCredsRevokeStorageFault(t *testing.T) {
 // a revocation. When config has the former organization again, what is left goes.
 func TestCredsOtherOrganization(t *testing.T) {
 	eachCredKind(t, func(t *testing.T, e *env, k credKind) {
-		internal, l := e.get("creds/r").Secret.InternalData, e.lease("r")
-		e.sim.Inject(openaisim.Fault{Method: http.MethodPost, Process: true, Path: "(service_accounts|api_keys)$"})
+		internal, l := e.Get("creds/r").Secret.InternalData, e.lease("r")
+		e.sim.Inject(fault{Method: http.MethodPost, Process: true, Path: "(service_accounts|api_keys)$"})
 		_, err := e.Issue("creds/r", nil)
-		e.failsWith("creds", err, "500")              // a lost create
-		e.callsFail("", openaisim.Fault{Status: 404}) // as OpenAI would say of the other organization's things
-		e.ok("config", map[string]any{
+		e.Fails("creds", err, "500")        // a lost create
+		e.callsFail("", fault{Status: 404}) // as OpenAI would say of the other organization's things
+		e.OK("config", fields{
 			"organization_id": "org-other", "admin_api_key": "sk-admin-other", "admin_api_key_id": "key_other",
 			"verify_connection": false,
 		})
 		e.sim.ResetCalls()
 		for attempt := 1; attempt < maxRevokeFailures; attempt++ {
 			err := e.leaseRequest(logical.RevokeOperation, time.Now(), internal)
-			e.failsWith("revoke", err, openaisim.DefaultOrganization)
+			e.Fails("revoke", err, openaisim.DefaultOrganization)
 		}
-		e.must(e.leaseRequest(logical.RevokeOperation, time.Now(), internal)) // the plugin takes it over
+		e.NoError(e.leaseRequest(logical.RevokeOperation, time.Now(), internal)) // the plugin takes it over
 		if err := e.Renew(l, 0); !k.unexpiring {
-			e.failsWith("renew", err, openaisim.DefaultOrganization)
+			e.Fails("renew", err, openaisim.DefaultOrganization)
 		}
-		e.failsWith("revoke", e.Revoke(l), openaisim.DefaultOrganization)
+		e.Fails("revoke", e.Revoke(l), openaisim.DefaultOrganization)
 		e.Run(5 * time.Minute)
-		if calls := fmt.Sprint(e.sim.Calls()); strings.Contains(calls, openaisim.DefaultProject) {
+		if calls := fmt.Sprint(e.sim.Calls()); strings.Contains(calls, ours) {
 			t.Errorf("the other organization was asked about the project: %s", calls)
 		}
 		e.sim.ClearFaults()
@@ -2153,28 +1761,28 @@ func TestCredsOtherOrganization(t *testing.T) {
 // TestCredsOrganizationChanges: when another node changes config's organization between two calls for a credential, the
 // read fails, nothing more is asked, and what was made goes when the former organization is back.
 func TestCredsOrganizationChanges(t *testing.T) {
-	for made, role := range []map[string]any{ // before the account is made, and after
+	for made, role := range []fields{ // before the account is made, and after
 		{"service_account_name_template": "{{.ProjectName}}"}, {"scopes": "api.a.read"},
 	} {
 		inBubble(t, func(t *testing.T, e *env) {
-			e.ok("roles/web", role)
-			e.afterCalls(1, func() {
+			e.OK("roles/web", role)
+			e.Wire.AfterCall(1, func() {
 				cfg := e.config()
 				cfg.OrganizationID = "org-other"
-				e.must(putJSON(t.Context(), e.Storage, configPath, cfg))
+				e.NoError(putJSON(t.Context(), e.Storage, configPath, cfg))
 				e.b().InvalidateKey(t.Context(), configPath) // as when another node has changed config
 			})
-			e.wire.sent()
+			e.Wire.Sent()
 			_, err := e.Issue("creds/web", nil)
-			e.failsWith("creds", err, openaisim.DefaultOrganization)
-			if sent := e.wire.sent(); len(sent) != 1 {
+			e.Fails("creds", err, openaisim.DefaultOrganization)
+			if sent := e.Wire.Sent(); len(sent) != 1 {
 				t.Errorf("requests: got %q, want none after the change", sent)
 			}
 			e.have(made, 0, "while config has the other organization")
 			e.remembers(0, made, "while config has the other organization")
 			e.configure(nil)
 			e.Run(time.Minute)
-			e.idle()
+			e.quiet()
 			e.have(0, 0, "after config has the former organization again")
 			e.remembers(0, 0, "in the end")
 		})
@@ -2190,9 +1798,9 @@ func TestCredsDuringRotation(t *testing.T) {
 			t.Helper()
 			e.sim.ResetCalls()
 			n := 0
-			e.wire.setFault(func(_ *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+			e.Wire.SetFault(func(_ *http.Request, send vaultsim.Send) (*http.Response, error) {
 				if n++; n == call { // the rotation's calls come after
-					e.ok("config/rotate", nil)
+					e.OK("config/rotate", nil)
 				}
 				return send()
 			})
@@ -2222,43 +1830,29 @@ func TestCredsOlderPlugin(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEnv(t)
 		key, _ := e.sim.AdminKey()
-		e.put("config", `{"admin_api_key":"`+key+`","api_endpoint":"https://api.openai.com/v1/",`+
+		e.Storage.Set("config", `{"admin_api_key":"`+key+`","api_endpoint":"https://api.openai.com/v1/",`+
 			`"organization_id":"org-sim","last_rotated_time":"1999-12-31T12:00:00Z","rotation_period":2592000000000}`)
-		e.put("roles/web", `{"project_id":"proj_sim","ttl":7200000000000,"max_ttl":14400000000000,`+
+		e.Storage.Set("roles/web", `{"project_id":"proj_sim","ttl":7200000000000,"max_ttl":14400000000000,`+
 			`"service_account_name_template":"{{.RoleName}}-{{.RandomSuffix}}","service_account_description":"Made"}`)
 		l := e.lease("web")
 		if got := fmt.Sprint(l.Expires.Sub(l.Issued), l.MaxTTL); got != "2h0m0s 4h0m0s" {
 			t.Errorf("lease: got ttl and max_ttl %s", got)
 		}
 		ids := func(project, key, account any) map[string]any {
-			return map[string]any{"secret_type": "openai_api_key", // as it stands in Vault's storage
+			return fields{"secret_type": "openai_api_key", // as it stands in Vault's storage
 				"project_id": project, "api_key_id": key, "service_account_id": account}
 		}
 		old := ids("proj_sim", l.Data["api_key_id"], l.Data["service_account_id"])
-		e.ok("config/rotate", nil)
-		e.failsWith("renew", e.leaseRequest(logical.RenewOperation, l.Issued, old), "role")
-		e.must(e.leaseRequest(logical.RevokeOperation, l.Issued, old))
+		e.OK("config/rotate", nil)
+		e.Fails("renew", e.leaseRequest(logical.RenewOperation, l.Issued, old), "role")
+		e.NoError(e.leaseRequest(logical.RevokeOperation, l.Issued, old))
 		e.have(0, 0, "after revocation")
-		for _, bad := range []map[string]any{
+		for _, bad := range []fields{
 			ids("proj_sim", nil, nil), ids("proj/../x", nil, "svc_acct_x"), ids(1, nil, nil),
 		} {
-			e.failsWith("revoke", e.leaseRequest(logical.RevokeOperation, l.Issued, bad), "lease")
+			e.Fails("revoke", e.leaseRequest(logical.RevokeOperation, l.Issued, bad), "lease")
 		}
 	})
-}
-
-const ours = openaisim.DefaultProject
-
-// addKey makes a key on an account of a project at OpenAI, as somebody else does.
-func (e *env) addKey(project, account, name string) string {
-	e.t.Helper()
-	body, _ := json.Marshal(map[string]string{"project": project, "account": account, "name": name})
-	resp, err := (&http.Client{Transport: e.sim.Transport()}).Post("http://sim/_sim/keys", "", bytes.NewReader(body))
-	var key struct{ ID string }
-	if err != nil || json.NewDecoder(resp.Body).Decode(&key) != nil || key.ID == "" {
-		e.t.Fatalf("making a key at OpenAI: %v", err)
-	}
-	return key.ID
 }
 
 // ended makes n accounts of the mount at OpenAI whose end has passed for so long, and returns their ids.
@@ -2269,36 +1863,12 @@ func (e *env) ended(project string, n int, since time.Duration) (ids []string) {
 	return ids
 }
 
-// names returns the names of the accounts and keys in the projects by their ids.
-func (e *env) names(projects ...string) map[string]string {
-	names := map[string]string{}
-	for _, p := range projects {
-		for _, a := range e.sim.ServiceAccounts(p) {
-			names[a.ID] = a.Name
-		}
-		for _, k := range e.sim.ProjectKeys(p) {
-			names[k.ID] = k.Name
-		}
-	}
-	return names
-}
-
-// quiet lets time pass until nothing works in the background any more.
-func (e *env) quiet() {
-	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu} {
-		for !mu.TryLock() {
-			time.Sleep(100 * time.Millisecond)
-		}
-		mu.Unlock()
-	}
-}
-
 // look makes one tick, which must not take time, and waits for what it has begun.
 func (e *env) look() {
 	e.t.Helper()
 	start := time.Now()
 	e.Tick()
-	e.equal("time of a tick", time.Since(start), 0*time.Second)
+	same(e.t, "time of a tick", time.Since(start), 0*time.Second)
 	e.quiet()
 }
 
@@ -2306,14 +1876,14 @@ func (e *env) look() {
 func (e *env) tidied(resp *logical.Response, want fields) {
 	e.t.Helper()
 	for field, value := range want {
-		e.equal(field, resp.Data[field], value)
+		same(e.t, field, resp.Data[field], value)
 	}
 }
 
 // tidy runs a pass by hand and checks fields of its answer.
 func (e *env) tidy(data, want fields) *logical.Response {
 	e.t.Helper()
-	resp := e.ok("tidy", data)
+	resp := e.OK("tidy", data)
 	e.tidied(resp, want)
 	return resp
 }
@@ -2321,9 +1891,9 @@ func (e *env) tidy(data, want fields) *logical.Response {
 // loses reads a credential which OpenAI makes, but whose answer is lost.
 func (e *env) loses() {
 	e.t.Helper()
-	e.sim.Inject(openaisim.Fault{Method: "POST", Process: true})
+	e.sim.Inject(fault{Method: "POST", Process: true})
 	_, err := e.Issue("creds/web", nil)
-	e.fails("a lost create", err, "500")
+	e.Fails("a lost create", err, "500")
 }
 
 // tidyFault is something that can leave an account or key at OpenAI.
@@ -2337,7 +1907,7 @@ type tidyFault struct {
 // lostPOST is a create whose answer is lost; late: OpenAI carries it out later, 0: at once.
 func lostPOST(name, path string, late time.Duration) tidyFault {
 	return tidyFault{name, late <= 2*time.Minute, late, func(e *env, _ *vaultsim.Snapshot) {
-		e.sim.Inject(openaisim.Fault{Method: "POST", Path: path, Kind: "close", Process: true, Late: late})
+		e.sim.Inject(fault{Method: "POST", Path: path, Kind: "close", Process: true, Late: late})
 		_, _ = e.Issue("creds/web", nil)
 	}}
 }
@@ -2346,7 +1916,7 @@ func lostPOST(name, path string, late time.Duration) tidyFault {
 func killed(name string, kill func(e *env)) tidyFault {
 	return tidyFault{name: name, meet: func(e *env, _ *vaultsim.Snapshot) {
 		issue := func(ctx context.Context) { _, _ = e.IssueContext(ctx, "creds/web", nil) }
-		e.atStep(stepFault{effect: true, all: true}, 2, nil, issue)
+		e.AtStep(vaultsim.StepFault{Effect: true, All: true}, 2, nil, issue)
 		kill(e)
 	}}
 }
@@ -2375,7 +1945,7 @@ var tidyFaults = []tidyFault{
 		e.failing("DELETE", "projects", 403)
 		e.Run(2 * time.Hour) // it ends in the middle
 		e.sim.ClearFaults()
-		e.equal("handed over, and leases", fmt.Sprint(e.metric("revocations_handed_over_total"), len(e.Leases())), "1 0")
+		same(e.t, "handed over, and leases", fmt.Sprint(e.metric("revocations_handed_over_total"), len(e.Leases())), "1 0")
 	}},
 	{name: "mount disabled in trouble", meet: func(e *env, _ *vaultsim.Snapshot) {
 		e.lease("web")
@@ -2388,7 +1958,7 @@ var tidyFaults = []tidyFault{
 		other.tidy(fields{"mount_id": tag}, fields{"deleted": 0})
 		other.Run(75 * time.Minute)
 		other.quiet()
-		e.equal("something was deleted", other.tidy(fields{"mount_id": tag}, nil).Data["deleted"].(int) > 0, true)
+		same(e.t, "something was deleted", other.tidy(fields{"mount_id": tag}, nil).Data["deleted"].(int) > 0, true)
 	}},
 }
 
@@ -2410,23 +1980,23 @@ func TestTidyFaults(t *testing.T) {
 					if shared := e.crowd(500); kind == "key" {
 						role["service_account_id"] = shared
 						for range 500 {
-							e.addKey(ours, shared, "other")
+							e.sim.AddKey(ours, shared, "other")
 						}
 					}
-					e.ok("roles/web", role)
-					others := len(e.names(ours))
-					left := func() int { return len(e.names(ours)) - others }
+					e.OK("roles/web", role)
+					others := len(e.sim.Names(ours))
+					left := func() int { return len(e.sim.Names(ours)) - others }
 					end := time.Now().Add(time.Hour + 3*time.Minute) // a request, a minute of grace, whole minutes
 
 					fault.meet(e, before)
 					if fault.lost && len(e.Leases()) == 0 {
 						e.Run(4 * time.Minute)
-						e.equal("accounts and keys after four ticks", left(), 0)
+						same(t, "accounts and keys after four ticks", left(), 0)
 					} else if fault.late == 0 && time.Now().Before(end) && left() == 0 {
 						t.Error("the fault left nothing, so that this shows nothing")
 					}
 					e.Run(max(fault.late, time.Until(end)) + 75*time.Minute)
-					e.equal("accounts and keys, leases, clean-up entries",
+					same(t, "accounts and keys, leases, clean-up entries",
 						fmt.Sprint(left(), len(e.Leases()), len(e.Storage.Keys(cleanupPrefix))), "0 0 0")
 				})
 			})
@@ -2474,7 +2044,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 	w.edit("scoped", fields{"scopes": "api.responses.write", "service_account_name_template": "{{.DisplayName}}"})
 	w.edit("key", fields{"project_id": "proj_b",
 		"service_account_id": w.sim.AddServiceAccount("proj_b", "shared", "member")})
-	w.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+	w.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
 		if req.Method == "DELETE" {
 			w.judge(path.Base(req.URL.Path))
 		}
@@ -2485,14 +2055,12 @@ func newWorld(t *testing.T, seed uint64) *world {
 
 // made tells whether the mount has asked OpenAI for a thing of this name.
 func (w *world) made(name string) bool {
-	w.wire.mu.Lock()
-	defer w.wire.mu.Unlock()
-	return slices.ContainsFunc(w.wire.requests, func(r string) bool { return strings.Contains(r, `"name":"`+name+`"`) })
+	return w.Wire.HasSent(`"name":"` + name + `"`)
 }
 
 // judge fails the test if the mount must not delete what has this id.
 func (w *world) judge(id string) {
-	name, there := w.names(ours, "proj_b")[id]
+	name, there := w.sim.Names(ours, "proj_b")[id]
 	if !there {
 		return
 	}
@@ -2523,7 +2091,7 @@ func (w *world) edit(role string, data fields) {
 		data["project_id"] = ours
 	}
 	data["ttl"], data["max_ttl"] = "30m", fmt.Sprintf("%dh", hours)
-	if resp, err := w.Write("roles/"+role, data); failure(resp, err) == nil { // else its account is gone
+	if resp, err := w.Write("roles/"+role, data); vaultsim.Failure(resp, err) == nil { // else its account is gone
 		w.max[role] = time.Duration(hours) * time.Hour
 	}
 }
@@ -2588,7 +2156,7 @@ func (w *world) stranger() {
 		"web-" + strings.ToUpper(past), past, "-" + past + "-", "web-" + past[:len(past)-1],
 	})
 	project := pick(w.r, []string{ours, "proj_b"})
-	w.addKey(project, w.sim.AddServiceAccount(project, name, "member"), name)
+	w.sim.AddKey(project, w.sim.AddServiceAccount(project, name, "member"), name)
 	w.others += 2
 }
 
@@ -2607,7 +2175,7 @@ func (w *world) jump(d time.Duration) {
 	w.sim.Advance(-d)
 	w.offset -= d
 	w.look()
-	w.ok("tidy", nil)
+	w.OK("tidy", nil)
 }
 
 // run lets Vault work, and then looks twice what is to be deleted: at a tick and by hand.
@@ -2617,7 +2185,7 @@ func (w *world) run(minutes int) {
 	w.quiet()
 	w.running.Store(false)
 	w.look()
-	w.ok("tidy", nil)
+	w.OK("tidy", nil)
 }
 
 func (w *world) step() {
@@ -2631,8 +2199,8 @@ func (w *world) step() {
 		func() { w.edit(pick(w.r, slices.Sorted(maps.Keys(w.max))), fields{}) },
 		// config's is dropped if no credential is made
 		func() { w.DropNext(); w.issue(); _, _ = w.Do("read", "config", nil) },
-		func() { w.sim.Inject(openaisim.Fault{Method: "POST", Path: "s$", Process: true}); w.issue() },
-		func() { w.op("delete", "roles/key-on-ours", nil); delete(w.max, "key-on-ours") },
+		func() { w.sim.Inject(fault{Method: "POST", Path: "s$", Process: true}); w.issue() },
+		func() { w.Must("delete roles/key-on-ours", nil); delete(w.max, "key-on-ours") },
 		func() { w.DisplayName = pick(w.r, []string{"token", "x-" + w.suffix(w.tag), w.suffix(w.tag)}) },
 		func() { w.sim.SetDate(pick(w.r, []string{"", "none"})) },
 	})()
@@ -2657,10 +2225,10 @@ func TestTidyProperty(t *testing.T) {
 			w.sim.ClearFaults()
 			w.sim.SetDate("")
 			w.jump(w.offset)
-			w.op("delete", "roles/key-on-ours", nil)
+			w.Must("delete roles/key-on-ours", nil)
 			time.Sleep(49 * time.Hour)
 			w.run(75)
-			w.equal("left in the end", len(w.names(ours, "proj_b"))-w.others, 0)
+			same(t, "left in the end", len(w.sim.Names(ours, "proj_b"))-w.others, 0)
 			leases, deletions = leases+len(w.held), deletions+w.deleted
 			if t.Failed() {
 				t.Logf("the seed was %d", seed)
@@ -2679,7 +2247,7 @@ func TestTidyByHand(t *testing.T) {
 		none := fields{"mount_id": e.b().mountID, "dry_run": false, "started": "", "finished": "",
 			"projects": 0,
 			"found":    0, "deleted": 0, "failed": 0, "leftover": "[]", "pending": "[]", "errors": "[]"}
-		e.tidied(e.get("tidy"), none)
+		e.tidied(e.Get("tidy"), none)
 		e.sim.AddProject("proj_b", "B")
 		e.sim.AddProject("proj_old", "Archived")
 		e.sim.ArchiveProject("proj_old")
@@ -2687,9 +2255,9 @@ func TestTidyByHand(t *testing.T) {
 		due := append(e.ended(ours, 129, 11*time.Minute), e.ended("proj_b", 1, 24*time.Hour)...)
 		e.ended("proj_b", 2, 9*time.Minute)
 		shared := e.sim.AddServiceAccount("proj_b", "shared", "none") // OpenAI lists its keys on demand only
-		due = append(due, e.addKey("proj_b", shared, "x-"+newSuffix(e.b().mountID, time.Now().Add(-time.Hour))))
+		due = append(due, e.sim.AddKey("proj_b", shared, "x-"+newSuffix(e.b().mountID, time.Now().Add(-time.Hour))))
 		live := e.lease("web")
-		e.put(cleanupPrefix+"svc_acct_x", `{}`)
+		e.Storage.Set(cleanupPrefix+"svc_acct_x", `{}`)
 
 		now := formatTime(time.Now())
 		want := fields{"mount_id": e.b().mountID, "dry_run": true, "started": now, "finished": now,
@@ -2697,22 +2265,22 @@ func TestTidyByHand(t *testing.T) {
 			"found":    134, "deleted": 0, "failed": 0, "pending": "[svc_acct_x]", "errors": "[]"}
 		listed := e.tidy(fields{"dry_run": true}, want).Data["leftover"].([]string)
 		strange := slices.ContainsFunc(listed, func(id string) bool { return !slices.Contains(due, id) })
-		e.equal("leftover, and whether it has others", fmt.Sprint(len(listed), strange), "100 false")
+		same(t, "leftover, and whether it has others", fmt.Sprint(len(listed), strange), "100 false")
 		want["dry_run"], want["deleted"], want["leftover"] = false, 131, "[]"
 		e.tidy(nil, want)
-		e.tidied(e.get("tidy"), want)
-		left := e.names(ours, "proj_b")
-		e.equal("accounts and keys that are left", len(left), 150+2+1+2)
-		e.equal("one that was due is left", slices.ContainsFunc(due, func(id string) bool { return left[id] != "" }), false)
-		e.equal("the live key is accepted", e.sim.Use(live.Data["api_key"].(string)), true)
-		e.refused("tidy", fields{"project_ids": "proj_nil"}, "project_ids", "proj_nil")
+		e.tidied(e.Get("tidy"), want)
+		left := e.sim.Names(ours, "proj_b")
+		same(t, "accounts and keys that are left", len(left), 150+2+1+2)
+		same(t, "one that was due is left", slices.ContainsFunc(due, func(id string) bool { return left[id] != "" }), false)
+		same(t, "the live key is accepted", e.sim.Use(live.Data["api_key"].(string)), true)
+		e.Refused("tidy", fields{"project_ids": "proj_nil"}, "project_ids", "proj_nil")
 		// By their ids: an archived project has nothing that could be left.
 		e.ended("proj_b", 1, time.Hour)
 		e.tidy(fields{"project_ids": []string{"proj_old", ours, ours}},
 			fields{"projects": 2, "found": 1, "deleted": 0, "failed": 0, "errors": "[]"})
 		e.Restart()
 		none["pending"] = "[svc_acct_x]"
-		e.tidied(e.get("tidy"), none)
+		e.tidied(e.Get("tidy"), none)
 	})
 }
 
@@ -2721,7 +2289,7 @@ func TestTidyDryRun(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		e.loses()
 		lost, id := e.sim.ServiceAccounts(ours)[0].ID, e.sim.AddServiceAccount(ours, "x", "member")
-		e.put(cleanupPrefix+id, fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
+		e.Storage.Set(cleanupPrefix+id, fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
 		e.tidy(fields{"dry_run": true}, fields{"deleted": 0, "leftover": "[" + lost + "]", "pending": "[" + id + "]"})
 		e.have(2, 1, "after a dry run")
 		e.look()
@@ -2731,21 +2299,22 @@ func TestTidyDryRun(t *testing.T) {
 
 // TestTidyBadInput: tidy refuses what it can't mean, and does nothing.
 func TestTidyBadInput(t *testing.T) {
+	bads := vaultsim.Bads
 	inBubble(t, func(t *testing.T, e *env) {
 		e.sim.ResetCalls()
 		for _, tt := range slices.Concat(bads("mount_id", "mount_id", "ABCDEF", "abcde", "abcdefg", "abcde1", "abcd\n",
 			"a/c"),
 			bads("project_ids", "project_ids", "a/b", "proj_sim,..", strings.Repeat("x", 129)), bads("dry_run", "dry_run",
 				"perhaps")) {
-			e.refused("tidy", fields{tt.field: tt.value}, tt.want)
+			e.Refused("tidy", fields{tt.Field: tt.Value}, tt.Want)
 		}
-		e.op(logical.DeleteOperation, "config", nil)
-		e.refused("tidy", nil, "not configured")
+		e.Must("delete config", nil)
+		e.Refused("tidy", nil, "not configured")
 		e.b().mountID = ""
 		_, err := e.Write("tidy", fields{"mount_id": "abcdef"})
-		e.fails("without a UUID", err, "UUID")
-		e.equal("calls to OpenAI", len(e.sim.Calls()), 0)
-		e.tidied(e.get("tidy"), fields{"started": ""})
+		e.Fails("without a UUID", err, "UUID")
+		same(t, "calls to OpenAI", len(e.sim.Calls()), 0)
+		e.tidied(e.Get("tidy"), fields{"started": ""})
 	})
 }
 
@@ -2754,7 +2323,7 @@ func TestTidyOtherMount(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		other := newEnvOn(t, e.sim)
 		other.configure(nil)
-		other.ok("roles/web", fields{"project_id": ours})
+		other.OK("roles/web", fields{"project_id": ours})
 		other.lease("web")
 		other.ended(ours, 2, time.Hour)
 		e.ended(ours, 3, time.Hour)
@@ -2771,7 +2340,7 @@ func TestTidyOtherMount(t *testing.T) {
 // TestTidyTrouble: a pass goes on after what it can't do, and says what that was.
 func TestTidyTrouble(t *testing.T) {
 	refusal := func(method, path string) func(e *env) { return func(e *env) { e.failing(method, path, 403) } }
-	unread := func(key string) func(e *env) { return func(e *env) { e.failStorage("list", key) } }
+	unread := func(key string) func(e *env) { return func(e *env) { e.Storage.Fail("list", key) } }
 	type trouble struct {
 		inject                    func(e *env)
 		projects, deleted, failed int
@@ -2783,7 +2352,7 @@ func TestTidyTrouble(t *testing.T) {
 		"keys of a project": {refusal("GET", "proj_b/api_keys$"), 1, 15, 1, "project proj_b: OpenAI answered 403"},
 		"deletions":         {refusal("DELETE", "proj_b"), 2, 15, 15, "OpenAI answered 403"},
 		"projects":          {refusal("GET", "projects$"), 0, 0, 1, "OpenAI answered 403"},
-		"roles":             {unread(rolePrefix), 2, 0, 30, "storage fault"},
+		"roles":             {unread(rolePrefix), 2, 0, 30, "injected failure"},
 	}, func(t *testing.T, e *env, tt trouble) {
 		e.sim.AddProject("proj_b", "B")
 		e.ended(ours, 15, time.Hour)
@@ -2795,12 +2364,12 @@ func TestTidyTrouble(t *testing.T) {
 			t.Errorf("errors: got %q, want %d with %q", errs, min(10, tt.failed), tt.text)
 		}
 		if tt.failed == 15 {
-			e.equal("leftover", slices.Sorted(slices.Values(leftover)), slices.Sorted(slices.Values(due)))
+			same(t, "leftover", slices.Sorted(slices.Values(leftover)), slices.Sorted(slices.Values(due)))
 		}
-		e.equal("lines of the log", e.Log.Count("warn", "tidy could not do all"), 1)
+		same(t, "lines of the log", e.Log.Count("warn", "tidy could not do all"), 1)
 		e.Storage.SetFault(nil)
 		e.sim.ClearFaults()
-		e.ok("tidy", nil)
+		e.OK("tidy", nil)
 		e.have(0, 0, "afterwards")
 	})
 }
@@ -2809,19 +2378,19 @@ func TestTidyTrouble(t *testing.T) {
 // refused, and nothing else waits for it.
 func TestTidyUnderWay(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		e.ok("tidy", nil)
+		e.OK("tidy", nil)
 		e.ended(ours, 1, time.Hour)
 		e.sim.SetLatency(20 * time.Second)
 		start := time.Now()
 		resp := e.tidy(nil, fields{"deleted": 0, "finished": formatTime(start)})
-		e.equal("time until the answer, and its warnings", fmt.Sprint(time.Since(start), len(resp.Warnings)), "30s 1")
-		e.refused("tidy", nil, "under way")
+		same(t, "time until the answer, and its warnings", fmt.Sprint(time.Since(start), len(resp.Warnings)), "30s 1")
+		e.Refused("tidy", nil, "under way")
 		e.Tick()
 		e.lease("web")
-		e.equal("time until a tick and a credential are done", time.Since(start), 50*time.Second)
+		same(t, "time until a tick and a credential are done", time.Since(start), 50*time.Second)
 		e.quiet()
-		e.equal("time of three lists and a deletion", time.Since(start).Round(time.Second), 80*time.Second)
-		e.tidied(e.get("tidy"), fields{"deleted": 1, "started": formatTime(start)})
+		same(t, "time of three lists and a deletion", time.Since(start).Round(time.Second), 80*time.Second)
+		e.tidied(e.Get("tidy"), fields{"deleted": 1, "started": formatTime(start)})
 		e.have(1, 1, "afterwards")
 	})
 }
@@ -2833,37 +2402,37 @@ func TestTidySpares(t *testing.T) {
 		"named before": func(e *env, ids []string, name func(id string)) {
 			name(ids[0])
 			e.tidy(nil, fields{"found": 2, "deleted": 1, "failed": 0, "leftover": "[]"})
-			e.op(logical.DeleteOperation, "roles/named", nil)
+			e.Must("delete roles/named", nil)
 			e.tidy(nil, fields{"found": 1, "deleted": 1})
 		},
 		"named after the listing": func(e *env, ids []string, name func(id string)) {
-			e.wire.setFault(func(req *http.Request, send func() (*http.Response, error)) (*http.Response, error) {
+			e.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
 				if req.Method == http.MethodDelete {
 					name(ids[1]) // while the one before it is deleted
 				}
 				return send()
 			})
 			e.tidy(nil, fields{"found": 2, "deleted": 1, "failed": 0})
-			e.equal("the named account is there", e.names(ours)[ids[1]] != "", true)
+			same(t, "the named account is there", e.sim.Names(ours)[ids[1]] != "", true)
 		},
 		"key of a user": func(e *env, ids []string, name func(id string)) {
 			body := fmt.Sprintf(`{"data":[{"id":"key_user","name":"x-%s","owner":{"type":"user","user":{"id":"user-1"}}}]}`,
 				newSuffix(e.b().mountID, time.Now().Add(-time.Hour)))
 			date := http.Header{"Date": {time.Now().UTC().Format(http.TimeFormat)}}
-			e.sim.Inject(openaisim.Fault{Method: "GET", Path: "api_keys$", Status: 200, Body: body, Header: date})
+			e.sim.Inject(fault{Method: "GET", Path: "api_keys$", Status: 200, Body: body, Header: date})
 			e.tidy(nil, fields{"deleted": 2, "failed": 0, "leftover": "[]"})
-			e.equal("deletions of keys", e.countCalls("DELETE", "api_keys"), 0)
+			same(t, "deletions of keys", e.sim.CountCalls("DELETE", "api_keys"), 0)
 		},
 		"account with a leased key": func(e *env, ids []string, name func(id string)) {
 			name(ids[0])
 			key := e.lease("named").Data["api_key"].(string)
-			e.op(logical.DeleteOperation, "roles/named", nil)
-			e.ok("tidy", nil)
-			e.equal("a key under a live lease is accepted", e.sim.Use(key), true)
+			e.Must("delete roles/named", nil)
+			e.OK("tidy", nil)
+			same(t, "a key under a live lease is accepted", e.sim.Use(key), true)
 		},
 	}, func(t *testing.T, e *env, test func(*env, []string, func(string))) {
 		test(e, e.ended(ours, 2, time.Hour), func(id string) {
-			e.put("roles/named", fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
+			e.Storage.Set("roles/named", fmt.Sprintf(`{"project_id":%q,"service_account_id":%q}`, ours, id))
 		})
 	})
 }
@@ -2880,7 +2449,7 @@ func TestTidyWithoutDate(t *testing.T) {
 		e.loses()
 		for _, deleted := range []int{1, 0} {
 			resp := e.tidy(nil, fields{"deleted": deleted, "failed": 1})
-			e.equal("errors say so", strings.Contains(fmt.Sprint(resp.Data["errors"]), "no Date"), true)
+			same(t, "errors say so", strings.Contains(fmt.Sprint(resp.Data["errors"]), "no Date"), true)
 		}
 		e.sim.SetDate("")
 		e.tidy(nil, fields{"found": 1, "deleted": 0, "failed": 0})
@@ -2897,7 +2466,7 @@ func TestTidySchedule(t *testing.T) {
 			t.Helper()
 			e.Run(d)
 			e.quiet()
-			e.equal("passes "+when, e.Log.Count("info", "tidy has ended"), want)
+			same(t, "passes "+when, e.Log.Count("info", "tidy has ended"), want)
 		}
 		at(119*time.Second, 0, "before two minutes")
 		at(61*time.Second, 1, "after three minutes")
@@ -2913,12 +2482,12 @@ func TestTidySchedule(t *testing.T) {
 		e.Restart()
 		at(119*time.Second, 5, "before two minutes of the next process")
 		at(61*time.Second, 6, "after three minutes of the next process")
-		e.put(cleanupPrefix+"x", fmt.Sprintf(`{"project_id":%q,"service_account_id":"x"}`, ours))
+		e.Storage.Set(cleanupPrefix+"x", fmt.Sprintf(`{"project_id":%q,"service_account_id":"x"}`, ours))
 		for _, passive := range []consts.ReplicationState{consts.ReplicationDRSecondary,
 			consts.ReplicationPerformanceStandby} {
 			e.System.ReplicationStateVal = passive | consts.ReplicationPerformanceSecondary
 			at(2*time.Hour, 6, "on a passive node")
-			e.equal("clean-up entries on a passive node", len(e.Storage.Keys(cleanupPrefix)), 1)
+			same(t, "clean-up entries on a passive node", len(e.Storage.Keys(cleanupPrefix)), 1)
 		}
 		e.System.ReplicationStateVal = consts.ReplicationPerformanceSecondary
 		at(time.Minute, 7, "on the active node of a secondary")
@@ -2927,18 +2496,18 @@ func TestTidySchedule(t *testing.T) {
 
 // TestTidyEnds: when the process is to end, a pass that waits for OpenAI ends at once, and none begins any more.
 func TestTidyEnds(t *testing.T) {
-	inBubbles(t, map[string]openaisim.Fault{
+	inBubbles(t, map[string]fault{
 		"hang": {Kind: "hang", Times: -1}, "rate limit": {Status: 429, Header: http.Header{"Retry-After": {"60"}}, Times: -1},
-	}, func(t *testing.T, e *env, fault openaisim.Fault) {
+	}, func(t *testing.T, e *env, fault fault) {
 		e.sim.Inject(fault)
 		time.Sleep(firstPass)
 		e.Tick()
 		time.Sleep(10 * time.Second)
 		old, start := e.b(), time.Now()
 		e.Restart()
-		e.equal("time until the process has ended", time.Since(start), 0*time.Second)
+		same(t, "time until the process has ended", time.Since(start), 0*time.Second)
 		synctest.Wait()
-		e.equal("a pass begins after Clean", old.inBackground(&old.passMu, func(context.Context) {}) != nil, false)
+		same(t, "a pass begins after Clean", old.inBackground(&old.passMu, func(context.Context) {}) != nil, false)
 	})
 }
 
@@ -2951,16 +2520,16 @@ func TestTidyLost(t *testing.T) {
 		for _, alike := range []string{name + "-2", name[:len(name)-1], "x" + name, strings.ToUpper(name), name + " "} {
 			e.sim.AddServiceAccount(ours, alike, "member")
 		}
-		e.equal("lost creates", e.metric("lost_creates"), 1)
+		same(t, "lost creates", e.metric("lost_creates"), 1)
 		e.look()
-		e.equal("lost creates after a tick", e.metric("lost_creates"), 0)
+		same(t, "lost creates after a tick", e.metric("lost_creates"), 0)
 		e.have(5, 0, "after a tick")
 		e.look()
-		e.equal("deletions", e.countCalls("DELETE", ""), 1)
-		e.equal("lists", e.countCalls("GET", "/service_accounts"), 1)
+		same(t, "deletions", e.sim.CountCalls("DELETE", ""), 1)
+		same(t, "lists", e.sim.CountCalls("GET", "/service_accounts"), 1)
 	})
 	inBubble(t, func(t *testing.T, e *env) {
-		e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Times: -1})
+		e.sim.Inject(fault{Method: "POST", Kind: "close", Times: -1})
 		for range 1001 {
 			_, _ = e.Issue("creds/web", nil)
 		}
@@ -2969,16 +2538,16 @@ func TestTidyLost(t *testing.T) {
 			e.sim.ResetCalls()
 			e.Run(d)
 			e.quiet()
-			e.equal("lists of accounts", e.countCalls("GET", "/service_accounts"), lists)
-			e.equal("lost creates", e.metric("lost_creates"), lost)
+			same(t, "lists of accounts", e.sim.CountCalls("GET", "/service_accounts"), lists)
+			same(t, "lost creates", e.metric("lost_creates"), lost)
 		}
-		e.equal("lines of the log", e.Log.Count("error", "too many lost creates"), 1)
+		same(t, "lines of the log", e.Log.Count("error", "too many lost creates"), 1)
 		after(searchTime+time.Second, 10+1, 1000) // at each tick, and a pass
 		after(time.Hour, 1, 1000)
 		after(22*time.Hour, 22, 1000)
 		after(time.Hour, 1, 0)
 		_, _ = e.Issue("creds/web", nil)
-		e.equal("lost creates of the next day", e.metric("lost_creates"), 1)
+		same(t, "lost creates of the next day", e.metric("lost_creates"), 1)
 	})
 }
 
@@ -2987,24 +2556,24 @@ func TestTidyLost(t *testing.T) {
 func TestTidySweep(t *testing.T) {
 	const form = `{"api_key_id":"key_x","service_account_id":%q,"project_id":%q%s,"failures":5}`
 	type sweep struct {
-		inject        openaisim.Fault // of deletions; Path: "-": of one
-		others        string          // as many more entries with this in them
-		left, deletes int             // accounts; calls
+		inject        fault  // of deletions; Path: "-": of one
+		others        string // as many more entries with this in them
+		left, deletes int    // accounts; calls
 	}
 	inBubbles(t, map[string]sweep{
-		"no fault":           {openaisim.Fault{Path: "none"}, "", 0, 30},
-		"one is refused":     {openaisim.Fault{Path: "-", Status: 400}, "", 1, 30},
-		"key is refused":     {openaisim.Fault{Status: 401}, "", 30, 1},
-		"outage":             {openaisim.Fault{Status: 503}, "", 30, maxAttempts},
-		"no connection":      {openaisim.Fault{Kind: "close"}, "", 30, maxAttempts},
-		"other organization": {openaisim.Fault{Path: "none"}, `,"organization_id":"org-other"`, 0, 30},
-		"not JSON":           {openaisim.Fault{Path: "none"}, `,`, 0, 30},
+		"no fault":           {fault{Path: "none"}, "", 0, 30},
+		"one is refused":     {fault{Path: "-", Status: 400}, "", 1, 30},
+		"key is refused":     {fault{Status: 401}, "", 30, 1},
+		"outage":             {fault{Status: 503}, "", 30, maxAttempts},
+		"no connection":      {fault{Kind: "close"}, "", 30, maxAttempts},
+		"other organization": {fault{Path: "none"}, `,"organization_id":"org-other"`, 0, 30},
+		"not JSON":           {fault{Path: "none"}, `,`, 0, 30},
 	}, func(t *testing.T, e *env, tt sweep) {
 		for i := range 30 {
 			id, other := e.sim.AddServiceAccount(ours, "x", "member"), fmt.Sprint("svc_acct_", i)
-			e.put(cleanupPrefix+id, fmt.Sprintf(form, id, ours, ""))
+			e.Storage.Set(cleanupPrefix+id, fmt.Sprintf(form, id, ours, ""))
 			if tt.others != "" {
-				e.put(cleanupPrefix+other, fmt.Sprintf(form, other, ours, tt.others))
+				e.Storage.Set(cleanupPrefix+other, fmt.Sprintf(form, other, ours, tt.others))
 			}
 			if tt.inject.Path == "-" {
 				tt.inject.Path = id
@@ -3015,12 +2584,12 @@ func TestTidySweep(t *testing.T) {
 		e.sim.ResetCalls()
 		e.look()
 		e.have(tt.left, 0, "after a tick")
-		e.equal("deletions", e.countCalls("DELETE", ""), tt.deletes)
-		e.equal("lines of the log", e.Log.Count("warn", "clean-up failed"), min(1, tt.left+len(tt.others)))
+		same(t, "deletions", e.sim.CountCalls("DELETE", ""), tt.deletes)
+		same(t, "lines of the log", e.Log.Count("warn", "clean-up failed"), min(1, tt.left+len(tt.others)))
 		e.sim.ClearFaults()
 		e.look()
 		e.have(0, 0, "after the fault")
-		e.equal("entries are left", len(e.Storage.Keys(cleanupPrefix)) > 0, tt.others != "")
+		same(t, "entries are left", len(e.Storage.Keys(cleanupPrefix)) > 0, tt.others != "")
 	})
 }
 
@@ -3031,19 +2600,19 @@ func TestTidyLongList(t *testing.T) {
 		e.crowd(6200)
 		e.loses()
 		e.failing("DELETE", "projects", 403)
-		e.fails("revocation", e.Revoke(e.lease("web")), "403")
+		e.Fails("revocation", e.Revoke(e.lease("web")), "403")
 		e.sim.ClearFaults()
 		e.have(6202, 2, "at first")
 		e.sim.SetLatency(500 * time.Millisecond)
 		start := time.Now()
 		e.Tick()
-		e.equal("time of a tick", time.Since(start), 0*time.Second)
+		same(t, "time of a tick", time.Since(start), 0*time.Second)
 		time.Sleep(time.Second)
 		e.have(6201, 1, "when the clean-up entry is done")
-		e.revoke(e.lease("web"))
-		e.equal("time until a credential is issued and revoked", time.Since(start), 2*time.Second)
+		e.MustRevoke(e.lease("web"))
+		same(t, "time until a credential is issued and revoked", time.Since(start), 2*time.Second)
 		e.quiet()
-		e.equal("the search takes longer than a tick", time.Since(start) > tickTimeout, true)
+		same(t, "the search takes longer than a tick", time.Since(start) > tickTimeout, true)
 		e.have(6200, 0, "after the search")
 	})
 }
@@ -3055,62 +2624,19 @@ func TestTidyAndRotation(t *testing.T) {
 		e.configure(fields{"rotation_period": "1h"})
 		l := e.lease("web")
 		e.failing("DELETE", "", 403)
-		e.ok("config/rotate", nil)
-		e.fails("revocation", e.Revoke(l), "403")
+		e.OK("config/rotate", nil)
+		e.Fails("revocation", e.Revoke(l), "403")
 		e.sim.ClearFaults()
-		e.sim.Inject(openaisim.Fault{Path: "/admin_api_keys", Kind: "hang", Times: -1})
+		e.sim.Inject(fault{Path: "/admin_api_keys", Kind: "hang", Times: -1})
 		time.Sleep(2 * time.Hour) // a rotation is due
 		start := time.Now()
 		e.Tick()
-		e.equal("a tick takes more than 30 seconds", time.Since(start) > 30*time.Second, false)
+		same(t, "a tick takes more than 30 seconds", time.Since(start) > 30*time.Second, false)
 		e.quiet()
 		e.have(0, 0, "after the tick")
-		e.equal("admin keys pending deletion", len(e.config().PendingDeletion), 1)
+		same(t, "admin keys pending deletion", len(e.config().PendingDeletion), 1)
 	})
 }
-
-// inBubbles runs test for each case on a configured mount of its own with a virtual clock.
-func inBubbles[T any](t *testing.T, cases map[string]T, test func(t *testing.T, e *env, tt T)) {
-	for name, tt := range cases {
-		t.Run(name, func(t *testing.T) { inBubble(t, func(t *testing.T, e *env) { test(t, e, tt) }) })
-	}
-}
-
-// equal checks that got and want are the same as fmt prints them.
-func (e *env) equal(what string, got, want any) {
-	e.t.Helper()
-	if g, w := fmt.Sprint(got), fmt.Sprint(want); g != w {
-		e.t.Errorf("%s: got %s, want %s", what, g, w)
-	}
-}
-
-// fails checks that err is one whose text has each of the texts.
-func (e *env) fails(what string, err error, texts ...string) {
-	e.t.Helper()
-	for _, text := range append(texts, "") {
-		if err == nil || !strings.Contains(err.Error(), text) {
-			e.t.Errorf("%s: got %v, want an error with %q", what, err, text)
-		}
-	}
-}
-
-// failing makes calls be answered with status from now on.
-func (e *env) failing(method, path string, status int) {
-	e.sim.Inject(openaisim.Fault{Method: method, Path: path, Status: status, Times: -1})
-}
-
-// countCalls counts the calls to OpenAI of a method whose path contains part.
-func (e *env) countCalls(method, part string) (n int) {
-	for _, c := range e.sim.Calls() {
-		if c.Method == method && strings.Contains(c.Path, part) {
-			n++
-		}
-	}
-	return n
-}
-
-// metric reads a metric that has no labels.
-func (e *env) metric(name string) any { return e.get("metrics").Data[metricPrefix+name] }
 
 // TestClientMasks: whatever OpenAI says of a key, in whatever form that has, no error and no log shows it.
 func TestClientMasks(t *testing.T) {
@@ -3121,30 +2647,29 @@ func TestClientMasks(t *testing.T) {
 	} {
 		e := newConfiguredEnv(t)
 		l := e.lease("web")
-		e.put("config", `{"admin_api_key":"`+odd+`","admin_api_key_id":"key_x","organization_id":"org-sim",`+
+		e.Storage.Set("config", `{"admin_api_key":"`+odd+`","admin_api_key_id":"key_x","organization_id":"org-sim",`+
 			`"api_endpoint":"https://api.openai.com/v1"}`)
 		e.Restart()
-		said := map[string]any{"message": echo, "type": echo, "code": echo, "param": echo}
-		body, _ := json.Marshal(map[string]any{"error": said})
-		e.sim.Inject(openaisim.Fault{Status: 400, Body: string(body), Header: http.Header{"X-Request-Id": {echo}}, Times: -1})
-		errs := []error{e.Renew(l, 0), e.Revoke(l), failure(e.Do(logical.ReadOperation, "creds/web", nil))}
+		said := fields{"message": echo, "type": echo, "code": echo, "param": echo}
+		body, _ := json.Marshal(fields{"error": said})
+		e.sim.Inject(fault{Status: 400, Body: string(body), Header: http.Header{"X-Request-Id": {echo}}, Times: -1})
+		errs := []error{e.Renew(l, 0), e.Revoke(l), vaultsim.Failure(e.Do(logical.ReadOperation, "creds/web", nil))}
 		for _, path := range []string{"config", "config/rotate", "roles/web"} {
-			errs = append(errs, failure(e.Write(path, nil)))
+			errs = append(errs, vaultsim.Failure(e.Write(path, nil)))
 		}
 		for _, err := range append(errs, errors.New(e.Log.String())) {
-			e.fails("request", err)
+			e.Fails("request", err)
 			text := strings.TrimSuffix(fmt.Sprint(err), "\n")
 			if strings.Contains(text, odd[:20]) || strings.ContainsAny(text, "\r\x00") {
 				t.Errorf("OpenAI's %q shows in %q", echo, text)
 			}
-			e.noSecrets("an error", text)
+			e.NoSecrets("an error", text)
 		}
 	}
 }
 
 // TestClientErrors: an error tells whether OpenAI may have done the call. Only what is safe is repeated.
 func TestClientErrors(t *testing.T) {
-	type fault = openaisim.Fault
 	retry := func(value string) http.Header { return http.Header{"X-Should-Retry": {value}} }
 	type tt struct {
 		fault
@@ -3176,20 +2701,20 @@ func TestClientErrors(t *testing.T) {
 		e.sim.Inject(tt.fault)
 		e.sim.ResetCalls()
 		_, err := e.Issue("creds/web", nil)
-		e.fails("creds", err, tt.text)
-		e.equal("lost creates", e.metric("lost_creates"), map[bool]int{true: 0, false: 1}[tt.notDone])
-		e.equal("attempts to create", e.countCalls("POST", "/service_accounts"), tt.creates)
+		e.Fails("creds", err, tt.text)
+		same(t, "lost creates", e.metric("lost_creates"), map[bool]int{true: 0, false: 1}[tt.notDone])
+		same(t, "attempts to create", e.sim.CountCalls("POST", "/service_accounts"), tt.creates)
 		time.Sleep(time.Minute)
 		e.sim.ResetCalls()
 		ctx, cancel := context.WithTimeout(t.Context(), requestTimeout)
 		defer cancel()
-		l := &lease{ProjectID: openaisim.DefaultProject, ServiceAccountID: account}
+		l := &lease{ProjectID: ours, ServiceAccountID: account}
 		err = e.b().newClient(e.config()).deleteCredential(ctx, l)
 		var api *apiError
 		if !errors.As(err, &api) || api.Status != tt.status || notDone(err) != tt.notDone {
 			t.Errorf("delete: got %v, want status %d and not done %v", err, tt.status, tt.notDone)
 		}
-		e.equal("attempts to delete", e.countCalls("DELETE", ""), tt.deletes)
+		same(t, "attempts to delete", e.sim.CountCalls("DELETE", ""), tt.deletes)
 	})
 }
 
@@ -3211,13 +2736,13 @@ func TestClientReal(t *testing.T) {
 	}
 	server.Start()
 	defer server.Close()
-	e.wire.to = newTransport()
-	e.configure(map[string]any{"api_endpoint": server.URL + "/v1"})
-	e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+	e.Wire.Connect(newTransport())
+	e.configure(fields{"api_endpoint": server.URL + "/v1"})
+	e.OK("roles/web", fields{"project_id": ours})
 	for range 20 {
-		e.revoke(e.lease("web"))
+		e.MustRevoke(e.lease("web"))
 	}
-	e.equal("connections for 42 calls in a row", opened.Load(), 1)
+	same(t, "connections for 42 calls in a row", opened.Load(), 1)
 	var workers sync.WaitGroup
 	for range 16 {
 		workers.Go(func() {
@@ -3233,7 +2758,7 @@ func TestClientReal(t *testing.T) {
 	}
 	endless.Store(true)
 	_, err := e.Issue("creds/web", nil)
-	e.fails("creds", err, "larger than 1 MiB")
+	e.Fails("creds", err, "larger than 1 MiB")
 }
 
 // TestClientRateLimit: revocations that come at once drain at OpenAI's pace, in about their order, with few refused.
@@ -3292,8 +2817,8 @@ func TestClientWaits(t *testing.T) {
 				defer cancel()
 				req := &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.Storage}
 				resp, err := e.b().HandleRequest(ctx, req)
-				e.fails("creds", err, text)
-				e.equal("answer and lost creates", fmt.Sprint(resp, e.metric("lost_creates")), "<nil> 0")
+				e.Fails("creds", err, text)
+				same(t, "answer and lost creates", fmt.Sprint(resp, e.metric("lost_creates")), "<nil> 0")
 			}
 			slots := e.b().throttle.slots
 			for range maxCalls {
@@ -3303,9 +2828,9 @@ func TestClientWaits(t *testing.T) {
 			for range maxCalls {
 				<-slots
 			}
-			e.sim.Inject(openaisim.Fault{Method: "POST", Status: 429, Header: http.Header{"Retry-After": {after}}, Times: -1})
+			e.sim.Inject(fault{Method: "POST", Status: 429, Header: http.Header{"Retry-After": {after}}, Times: -1})
 			fails(map[string]string{"": "waiting for OpenAI's rate limit"}[after])
-			if got := e.countCalls("POST", "service_accounts"); got > 10 {
+			if got := e.sim.CountCalls("POST", "service_accounts"); got > 10 {
 				t.Errorf("calls in 5.3s: got %d, want at most 10", got)
 			}
 			if after == "30" {
@@ -3334,18 +2859,18 @@ func TestClientConcurrency(t *testing.T) {
 		l := e.lease("web")
 		return errors.Join(e.Renew(l, 0), e.Revoke(l))
 	})
-	repeat("rotate", 4, func() error { return failure(e.Write("config/rotate", nil)) })
-	repeat("write config", 1, func() error { return failure(e.Write("config", map[string]any{"rotation_policy": "p"})) })
-	repeat("write role", 1, func() error { return failure(e.Write("roles/web", map[string]any{"ttl": "30m"})) })
+	repeat("rotate", 4, func() error { return vaultsim.Failure(e.Write("config/rotate", nil)) })
+	repeat("write config", 1, func() error { return vaultsim.Failure(e.Write("config", fields{"rotation_policy": "p"})) })
+	repeat("write role", 1, func() error { return vaultsim.Failure(e.Write("roles/web", fields{"ttl": "30m"})) })
 	for _, path := range []string{"config", "roles/web", "metrics", "tidy"} {
-		repeat("read "+path, 1, func() error { return failure(e.Do(logical.ReadOperation, path, nil)) })
+		repeat("read "+path, 1, func() error { return vaultsim.Failure(e.Do(logical.ReadOperation, path, nil)) })
 	}
 	repeat("tidy", 1, func() error { _, err := e.Write("tidy", nil); return err }) // a 400 says that one is under way
 	repeat("invalidate", 1, func() error { e.b().InvalidateKey(t.Context(), configPath); return nil })
 	repeat("tick", 1, func() error { e.Tick(); return nil })
 	workers.Wait()
-	e.idle()
-	e.equal("rotations", e.series()[metricPrefix+`rotations_total{trigger="manual",result="success"}`], 80)
+	e.quiet()
+	same(t, "rotations", e.series()[metricPrefix+`rotations_total{trigger="manual",result="success"}`], 80)
 	e.oneKey("in the end")
 	e.have(0, 0, "in the end")
 }
@@ -3369,20 +2894,20 @@ func FuzzAnswer(f *testing.F) {
 		}
 		inBubble(t, func(t *testing.T, e *env) {
 			l, header := e.lease("web"), http.Header{"Retry-After": {after}, "X-Should-Retry": {again}, "X-Request-Id": {again}}
-			e.wire.setFault(func(req *http.Request, _ func() (*http.Response, error)) (*http.Response, error) {
+			e.Wire.SetFault(func(req *http.Request, _ vaultsim.Send) (*http.Response, error) {
 				answer := io.NopCloser(strings.NewReader(body))
 				return &http.Response{StatusCode: status, Body: answer, Request: req, Header: header}, nil
 			})
 			start := time.Now()
 			check := func(err error) {
-				e.noSecrets("an error", fmt.Sprint(err))
+				e.NoSecrets("an error", fmt.Sprint(err))
 				if took := time.Since(start); took > requestTimeout+undoTimeout {
 					t.Errorf("a request took %s", took)
 				}
 				start = time.Now()
 			}
 			for _, path := range []string{"config", "roles/web", "config/rotate", "tidy"} {
-				check(failure(e.Write(path, nil)))
+				check(vaultsim.Failure(e.Write(path, nil)))
 			}
 			made, err := e.Issue("creds/web", nil)
 			check(err)
@@ -3418,7 +2943,7 @@ func FuzzRetryAfter(f *testing.F) {
 // expectShown checks a field of config.
 func (e *env) expectShown(field string, want any) {
 	e.t.Helper()
-	e.equal(field+" in config", e.get("config").Data[field], want)
+	same(e.t, field+" in config", e.Get("config").Data[field], want)
 }
 
 // keyWorks fails the test unless OpenAI accepts the key in storage, and it has the id that is there.
@@ -3445,12 +2970,12 @@ func (e *env) oneKey(when string) {
 // rotateFails makes a rotation that must fail with text in its error, and returns the names that are in creating then.
 func (e *env) rotateFails(text string) (creating []string) {
 	e.t.Helper()
-	e.fails("rotation", failure(e.Write("config/rotate", nil)), text)
+	e.Fails("rotation", vaultsim.Failure(e.Write("config/rotate", nil)), text)
 	return e.config().creatingNames()
 }
 
 // failCreate makes the next creation of an admin key fail.
-func (e *env) failCreate(f openaisim.Fault) {
+func (e *env) failCreate(f fault) {
 	f.Method, f.Path = "POST", "/admin_api_keys$"
 	e.sim.Inject(f)
 }
@@ -3458,7 +2983,7 @@ func (e *env) failCreate(f openaisim.Fault) {
 // loseKey makes a rotation whose answer to the creation of a key is lost, and returns the name that OpenAI knows.
 func (e *env) loseKey() string {
 	e.t.Helper()
-	e.failCreate(openaisim.Fault{Kind: "close", Process: true})
+	e.failCreate(fault{Kind: "close", Process: true})
 	names := e.rotateFails("")
 	if len(names) == 0 || !e.hasKey(names[len(names)-1]) {
 		e.t.Fatalf("a key whose creation was lost: got creating %v and keys %v", names, e.sim.AdminKeys())
@@ -3486,30 +3011,30 @@ func TestRotateFaults(t *testing.T) {
 		"slow proof": {update, "config/rotate", 10, func(e *env) { e.sim.SetKeyDelay(250 * time.Millisecond) }},
 		"no proof":   {update, "config/rotate", 17, func(e *env) { e.sim.SetKeyDelay(time.Hour) }},
 		"left over": {update, "config/rotate", 9, func(e *env) { // with an old key still to be deleted
-			e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: http.StatusForbidden})
-			e.ok("config/rotate", nil)
+			e.sim.Inject(fault{Method: "DELETE", Status: http.StatusForbidden})
+			e.OK("config/rotate", nil)
 		}},
 		"scheduled": {tick, "", 11, func(e *env) { // with a new key still to be found: list, delete and config come first
-			e.ok("config", map[string]any{"rotation_period": "1h"})
+			e.OK("config", fields{"rotation_period": "1h"})
 			e.loseKey()
 			time.Sleep(time.Hour)
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			everyStep(t, test.enough, func(t *testing.T, fault stepFault, at int) (reached bool) {
+			vaultsim.EveryStep(t, test.enough, func(t *testing.T, fault vaultsim.StepFault, at int) (reached bool) {
 				e := newConfiguredEnv(t)
 				test.set(e)
 				before, b := e.config().AdminAPIKeyID, e.b()
 				each := func() {
 					e.keyWorks("at a step")
-					e.equal("storage", e.Storage.Keys(""), "[config roles/]")
+					same(t, "storage", e.Storage.Keys(""), "[config roles/]")
 				}
 				b.knownMu.Lock() // nothing in the background takes a step
 				b.passMu.Lock()
-				reached = e.atStep(fault, at, each, func(ctx context.Context) {
+				reached = e.AtStep(fault, at, each, func(ctx context.Context) {
 					resp, err := e.DoContext(ctx, test.op, test.path, nil)
 					e.keyWorks("after the request")
-					if rotated := e.config().AdminAPIKeyID; test.op == update && failure(resp, err) == nil &&
+					if rotated := e.config().AdminAPIKeyID; test.op == update && vaultsim.Failure(resp, err) == nil &&
 						(rotated == before || rotated != resp.Data["admin_api_key_id"]) {
 						t.Errorf("answered %v, and the key in config is %q, before %q", resp.Data, rotated, before)
 					}
@@ -3523,7 +3048,7 @@ func TestRotateFaults(t *testing.T) {
 				time.Sleep(lostTime)
 				e.Run(2 * time.Minute)
 				e.expectShown("creating", "[]")
-				e.ok("config/rotate", nil)
+				e.OK("config/rotate", nil)
 				e.oneKey("after another rotation")
 				each()
 				return reached
@@ -3539,54 +3064,54 @@ func TestRotateProof(t *testing.T) {
 		inBubble(t, func(t *testing.T, e *env) {
 			first, start := e.config().AdminAPIKeyID, time.Now()
 			e.sim.SetKeyDelay(delay)
-			if err := failure(e.Write("config/rotate", nil)); (err == nil) != ok {
+			if err := vaultsim.Failure(e.Write("config/rotate", nil)); (err == nil) != ok {
 				t.Errorf("rotation with a key accepted after %v: got %v, want success %v", delay, err, ok)
 			}
-			took, proofs := time.Since(start), e.countCalls("GET", "/admin_api_keys/")
+			took, proofs := time.Since(start), e.sim.CountCalls("GET", "/admin_api_keys/")
 			if took > min(delay, proofTimeout)+maxProofWait+time.Second || proofs > 17 {
 				t.Errorf("rotation with a key accepted after %v: took %v and %d proofs", delay, took, proofs)
 			}
 			e.oneKey("at once")
 			e.expectShown("creating", "[]")
-			e.equal("new key in config", e.config().AdminAPIKeyID != first, ok)
+			same(t, "new key in config", e.config().AdminAPIKeyID != first, ok)
 		})
 	}
 }
 
 // TestRotateLate: an admin key that OpenAI makes after an error is found and deleted within an hour and a quarter.
 func TestRotateLate(t *testing.T) {
-	faults := map[string]openaisim.Fault{}
+	faults := map[string]fault{}
 	for _, minutes := range []time.Duration{1, 4, 11, 61, 20 * 60} {
-		faults[fmt.Sprint("500 ", minutes)] = openaisim.Fault{Late: minutes * time.Minute}
-		faults[fmt.Sprint("reset ", minutes)] = openaisim.Fault{Late: minutes * time.Minute, Kind: "close"}
+		faults[fmt.Sprint("500 ", minutes)] = fault{Late: minutes * time.Minute}
+		faults[fmt.Sprint("reset ", minutes)] = fault{Late: minutes * time.Minute, Kind: "close"}
 	}
-	inBubbles(t, faults, func(t *testing.T, e *env, fault openaisim.Fault) {
+	inBubbles(t, faults, func(t *testing.T, e *env, fault fault) {
 		e.sim.AddAdminKey("vault-admin-234567234567234567ab") // of a clone of this cluster
 		e.failCreate(fault)
 		names := e.rotateFails("creating")
 		e.Run(fault.Late - time.Second)
 		e.Restart() // nothing of this is in memory only
 		e.expectShown("creating", names)
-		e.equal("keys before", len(e.sim.AdminKeys()), 2)
+		same(t, "keys before", len(e.sim.AdminKeys()), 2)
 		time.Sleep(time.Second)
-		e.equal("late key made", e.hasKey(names[0]), true)
+		same(t, "late key made", e.hasKey(names[0]), true)
 		e.Run(75 * time.Minute)
-		e.equal("late key still there", e.hasKey(names[0]), false)
-		e.equal("keys after", len(e.sim.AdminKeys()), 2)
+		same(t, "late key still there", e.hasKey(names[0]), false)
+		same(t, "keys after", len(e.sim.AdminKeys()), 2)
 		e.expectShown("creating", "[]")
 	})
 }
 
 // TestRotateForgets: a name is dropped a day later, if OpenAI's list is then read and does not have it. Else it is kept
 func TestRotateForgets(t *testing.T) {
-	day := func(date string) openaisim.Fault {
-		return openaisim.Fault{Status: 200, Body: `{"data":[{"id":"key_x"}]}`, Header: http.Header{"Date": {date}}}
+	day := func(date string) fault {
+		return fault{Status: 200, Body: `{"data":[{"id":"key_x"}]}`, Header: http.Header{"Date": {date}}}
 	}
-	inBubbles(t, map[string]openaisim.Fault{
+	inBubbles(t, map[string]fault{
 		"refused": {Status: 403}, "failed": {Status: 500}, "no answer": {Kind: "close"}, "without date": day("soon"),
 		"cut": {Status: 200, Body: `{"data":[],"has_more":true}`}, "clock behind": day("Sat, 01 Jan 2000 00:00:00 GMT"),
-	}, func(t *testing.T, e *env, list openaisim.Fault) {
-		e.failCreate(openaisim.Fault{Late: 50 * time.Hour})
+	}, func(t *testing.T, e *env, list fault) {
+		e.failCreate(fault{Late: 50 * time.Hour})
 		names := e.rotateFails("500")
 		list.Method, list.Path, list.Times = "GET", "/admin_api_keys$", -1
 		e.sim.Inject(list)
@@ -3601,7 +3126,7 @@ func TestRotateForgets(t *testing.T) {
 		e.expectShown("creating", "[]")
 	})
 	inBubble(t, func(t *testing.T, e *env) {
-		e.failCreate(openaisim.Fault{})
+		e.failCreate(fault{})
 		names := e.rotateFails("500")
 		e.sim.Advance(72 * time.Hour) // nor is OpenAI's clock believed that is ahead of this one
 		time.Sleep(lostTime - time.Minute)
@@ -3611,26 +3136,26 @@ func TestRotateForgets(t *testing.T) {
 		e.expectShown("creating", "[]")
 		e.sim.ResetCalls()
 		e.Run(5 * time.Minute)
-		e.equal("lists when there is nothing to look for", e.countCalls("GET", "/admin_api_keys"), 0)
+		same(t, "lists when there is nothing to look for", e.sim.CountCalls("GET", "/admin_api_keys"), 0)
 	})
 }
 
 // TestRotateMany: at most 50 keys are looked for at a time. A creation that was refused leaves none.
 func TestRotateMany(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		e.failCreate(openaisim.Fault{Status: 403})
-		e.equal("creating after a refusal", e.rotateFails("403"), "[]")
+		e.failCreate(fault{Status: 403})
+		same(t, "creating after a refusal", e.rotateFails("403"), "[]")
 		for range 50 {
-			e.failCreate(openaisim.Fault{})
+			e.failCreate(fault{})
 			e.rotateFails("500")
 		}
 		e.sim.ResetCalls()
-		e.equal("names", len(e.rotateFails("50 admin keys")), 50)
-		e.equal("creations", e.countCalls("POST", ""), 0)
+		same(t, "names", len(e.rotateFails("50 admin keys")), 50)
+		same(t, "creations", e.sim.CountCalls("POST", ""), 0)
 		time.Sleep(lostTime)
 		e.Run(2 * time.Minute)
 		e.expectShown("creating", "[]")
-		e.ok("config/rotate", nil)
+		e.OK("config/rotate", nil)
 		e.oneKey("in the end")
 	})
 }
@@ -3639,17 +3164,17 @@ func TestRotateMany(t *testing.T) {
 func TestRotateOrganization(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		name, old := e.loseKey(), e.config()
-		e.ok("config", map[string]any{"organization_id": "org-other", "admin_api_key": "sk-admin-other",
+		e.OK("config", fields{"organization_id": "org-other", "admin_api_key": "sk-admin-other",
 			"admin_api_key_id": "key_other", "verify_connection": false})
-		e.sim.Inject(openaisim.Fault{Status: 200, Body: `{"data":[{"id":"key_other"}]}`, Times: -1})
+		e.sim.Inject(fault{Status: 200, Body: `{"data":[{"id":"key_other"}]}`, Times: -1})
 		for range 3 {
 			e.Run(3 * time.Minute)
 			time.Sleep(lostTime)
 		}
-		e.equal("deletions in the other organization", e.countCalls("DELETE", ""), 0)
+		same(t, "deletions in the other organization", e.sim.CountCalls("DELETE", ""), 0)
 		e.expectShown("creating", []string{name})
 		e.sim.ClearFaults()
-		e.ok("config", map[string]any{"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey,
+		e.OK("config", fields{"organization_id": old.OrganizationID, "admin_api_key": old.AdminAPIKey,
 			"admin_api_key_id": old.AdminAPIKeyID})
 		e.Run(2 * time.Minute)
 		e.oneKey("back in its organization")
@@ -3660,14 +3185,14 @@ func TestRotateOrganization(t *testing.T) {
 // TestRotateUnderWay: during a rotation a tick leaves the admin keys alone, and neither logs nor counts that.
 func TestRotateUnderWay(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		e.ok("config", map[string]any{"rotation_period": "1h"})
+		e.OK("config", fields{"rotation_period": "1h"})
 		e.loseKey()
-		e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: http.StatusForbidden})
-		e.ok("config/rotate", nil) // now there is a key to find, one to delete, and soon a rotation to make
+		e.sim.Inject(fault{Method: "DELETE", Status: http.StatusForbidden})
+		e.OK("config/rotate", nil) // now there is a key to find, one to delete, and soon a rotation to make
 		time.Sleep(time.Hour)
 		e.sim.SetLatency(20 * time.Second)
 		var group sync.WaitGroup
-		group.Go(func() { e.ok("config/rotate", nil) })
+		group.Go(func() { e.OK("config/rotate", nil) })
 		synctest.Wait()
 		e.b().knownMu.Lock() // tidy has its own words
 		e.b().passMu.Lock()
@@ -3694,13 +3219,13 @@ func TestRotatePending(t *testing.T) {
 	inBubbles(t, cases, func(t *testing.T, e *env, status int) {
 		want := []string{e.config().AdminAPIKeyID}
 		e.failing("DELETE", "admin_api_keys", status)
-		resp := e.ok("config/rotate", nil)
+		resp := e.OK("config/rotate", nil)
 		if status == 404 {
 			want = []string{}
 		} else if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], want[0]) {
 			t.Errorf("warnings: got %v, want one that names the old key", resp.Warnings)
 		}
-		e.equal("metric", e.metric("admin_keys_pending_deletion"), len(want))
+		same(t, "metric", e.metric("admin_keys_pending_deletion"), len(want))
 		e.Run(3 * time.Minute)
 		e.expectShown("pending_deletion", want)
 		if status == 400 {
@@ -3712,7 +3237,7 @@ func TestRotatePending(t *testing.T) {
 		e.keyWorks("when deletions work")
 		if status != 404 && status != 400 { // the simulator has not really deleted it, or the new key is nobody's
 			e.oneKey("when deletions work")
-			e.equal("warnings of the next rotation", e.ok("config/rotate", nil).Warnings, "[]")
+			same(t, "warnings of the next rotation", e.OK("config/rotate", nil).Warnings, "[]")
 		}
 	})
 }
@@ -3721,14 +3246,13 @@ func TestRotatePending(t *testing.T) {
 func TestRotateSchedule(t *testing.T) {
 	defer func(zone *time.Location) { time.Local = zone }(time.Local)
 	time.Local = time.FixedZone("elsewhere", 5*60*60+30*60) // schedules are in UTC all the same
-	type set = map[string]any
 	type tt struct {
-		config, change set // change is written after down
-		down, up       int // minutes that Vault is down, from midnight (UTC) on, and then up
+		config, change fields // change is written after down
+		down, up       int    // minutes that Vault is down, from midnight (UTC) on, and then up
 		want           string
 	}
-	period, hourly := set{"rotation_period": "90m"}, set{"rotation_schedule": "30 * * * *"}
-	nightly := set{"rotation_schedule": "0 3 * * *", "rotation_window": "2h"}
+	period, hourly := fields{"rotation_period": "90m"}, fields{"rotation_schedule": "30 * * * *"}
+	nightly := fields{"rotation_schedule": "0 3 * * *", "rotation_window": "2h"}
 	inBubbles(t, map[string]tt{
 		"period":          {period, nil, 0, 300, "01:30 03:00 04:30"},
 		"period missed":   {period, nil, 240, 120, "04:01 05:31"},
@@ -3737,25 +3261,25 @@ func TestRotateSchedule(t *testing.T) {
 		"window":          {nightly, nil, 0, 28 * 60, "03:00 03:00"},
 		"in the window":   {nightly, nil, 290, 24 * 60, "04:51 03:00"},
 		"after it":        {nightly, nil, 300, 24 * 60, "03:00"},
-		"disabled":        {period, set{"disable_automated_rotation": true}, 120, 600, ""},
-		"cleared":         {period, set{"rotation_period": 0}, 120, 600, ""},
-		"shortened":       {period, set{"rotation_period": "20m"}, 10, 60, "00:20 00:40 01:00"},
-		"lengthened":      {period, set{"rotation_period": "3h"}, 120, 120, "03:00"},
-		"new schedule":    {hourly, set{"rotation_schedule": "45 * * * *"}, 20, 60, "00:45"},
-		"other kind":      {period, set{"rotation_schedule": "45 * * * *", "rotation_period": 0}, 20, 120, "00:45 01:45"},
+		"disabled":        {period, fields{"disable_automated_rotation": true}, 120, 600, ""},
+		"cleared":         {period, fields{"rotation_period": 0}, 120, 600, ""},
+		"shortened":       {period, fields{"rotation_period": "20m"}, 10, 60, "00:20 00:40 01:00"},
+		"lengthened":      {period, fields{"rotation_period": "3h"}, 120, 120, "03:00"},
+		"new schedule":    {hourly, fields{"rotation_schedule": "45 * * * *"}, 20, 60, "00:45"},
+		"other kind":      {period, fields{"rotation_schedule": "45 * * * *", "rotation_period": 0}, 20, 120, "00:45 01:45"},
 	}, func(t *testing.T, e *env, tt tt) {
 		if tt.change == nil { // OpenBao's error
 			e.System.RotationErr = errors.New("rpc error: code = Unimplemented desc = unknown method")
 		}
-		e.ok("config", tt.config)
+		e.OK("config", tt.config)
 		e.expectShown("rotation_manager", "plugin")
 		time.Sleep(time.Duration(tt.down) * time.Minute)
 		e.Restart()
-		e.ok("config", tt.change)
+		e.OK("config", tt.change)
 		var got []string
 		for range tt.up {
 			before := e.config().AdminAPIKeyID
-			next, _ := time.Parse(time.RFC3339, e.get("config").Data["next_rotation"].(string))
+			next, _ := time.Parse(time.RFC3339, e.Get("config").Data["next_rotation"].(string))
 			e.Run(time.Minute)
 			now := time.Now().UTC()
 			rotated := e.config().AdminAPIKeyID != before
@@ -3763,9 +3287,9 @@ func TestRotateSchedule(t *testing.T) {
 				got = append(got, now.Format("15:04"))
 				e.expectShown("last_rotated", formatTime(now))
 			}
-			e.equal(fmt.Sprint("rotated when next_rotation is ", next, " at ", now), rotated, !next.IsZero() && !next.After(now))
+			same(t, fmt.Sprint("rotated when next_rotation is ", next, " at ", now), rotated, !next.IsZero() && !next.After(now))
 		}
-		e.equal("rotations", strings.Join(got, " "), tt.want)
+		same(t, "rotations", strings.Join(got, " "), tt.want)
 		e.oneKey("in the end")
 	})
 }
@@ -3774,9 +3298,9 @@ func TestRotateSchedule(t *testing.T) {
 func TestRotateWrongID(t *testing.T) {
 	e := newConfiguredEnv(t)
 	_, other := e.sim.AddAdminKey("somebody else's")
-	e.ok("config", map[string]any{"admin_api_key_id": other, "verify_connection": false})
-	e.equal("creating", e.rotateFails(other), "[]")
-	e.equal("live admin keys", len(e.sim.AdminKeys()), 2)
+	e.OK("config", fields{"admin_api_key_id": other, "verify_connection": false})
+	same(t, "creating", e.rotateFails(other), "[]")
+	same(t, "live admin keys", len(e.sim.AdminKeys()), 2)
 }
 
 // TestRotateRetry: a scheduled rotation that fails is tried again after 1, 2, 4 … minutes, until a config write.
@@ -3788,17 +3312,17 @@ func TestRotateRetry(t *testing.T) {
 			e.sim.ResetCalls()
 			for minute := range minutes {
 				e.Run(time.Minute)
-				if e.countCalls("POST", "/admin_api_keys") > len(got) {
+				if e.sim.CountCalls("POST", "/admin_api_keys") > len(got) {
 					got = append(got, minute)
 				}
 			}
-			e.equal("minutes of attempts", got, want)
+			same(t, "minutes of attempts", got, want)
 		}
-		e.ok("config", map[string]any{"rotation_period": "1h"})
+		e.OK("config", fields{"rotation_period": "1h"})
 		time.Sleep(time.Hour - time.Minute)
 		e.failing("POST", "/admin_api_keys$", 500)
 		attempts(250, 0, 1, 3, 7, 15, 31, 63, 123, 183, 243)
-		e.ok("config", map[string]any{"rotation_period": "30m"})
+		e.OK("config", fields{"rotation_period": "30m"})
 		attempts(1, 0)
 		e.sim.ClearFaults()
 		attempts(31, 0, 30)
@@ -3820,13 +3344,13 @@ func TestRotateReplication(t *testing.T) {
 		"secondary, local mount": {consts.ReplicationPerformanceSecondary, true, true},
 		"DR secondary":           {consts.ReplicationDRSecondary, false, false},
 	}, func(t *testing.T, e *env, tt tt) {
-		e.ok("config", map[string]any{"rotation_period": "1h"})
+		e.OK("config", fields{"rotation_period": "1h"})
 		name, first := e.loseKey(), e.config().AdminAPIKeyID
 		e.System.ReplicationStateVal, e.System.LocalMountVal = tt.state, tt.local
 		e.Run(3 * time.Hour)
-		e.equal("rotated", e.config().AdminAPIKeyID != first, tt.rotates)
-		e.equal("lost key there", e.hasKey(name), !tt.rotates)
-		e.equal("rotation by Vault works", failure(e.Do(logical.RotationOperation, "config", nil)) == nil, tt.rotates)
+		same(t, "rotated", e.config().AdminAPIKeyID != first, tt.rotates)
+		same(t, "lost key there", e.hasKey(name), !tt.rotates)
+		same(t, "rotation by Vault works", vaultsim.Failure(e.Do(logical.RotationOperation, "config", nil)) == nil, tt.rotates)
 	})
 }
 
@@ -3837,28 +3361,27 @@ func TestRotateTakenOver(t *testing.T) {
 			e.System.RotationErr = nil
 		}
 		key, id := e.sim.AdminKey()
-		e.put("config", fmt.Sprintf(`{"admin_api_key":%q,"admin_api_key_id":%q,"api_endpoint":"https://api.openai.com/v1",
+		e.Storage.Set("config", fmt.Sprintf(`{"admin_api_key":%q,"admin_api_key_id":%q,"api_endpoint":"https://api.openai.com/v1",
 			"organization_id":"org-sim","last_rotated_time":"2000-01-01T00:00:00Z","rotation_schedule":"","rotation_window":0,
 			"rotation_period":3600000000000,"disable_automated_rotation":false,"rotation_policy":""}`, key, id))
 		e.Restart()
 		e.Run(time.Minute)
 		e.expectShown("rotation_manager", map[bool]string{false: managerPlugin, true: managerVault}[byVault])
 		e.Run(time.Hour)
-		e.equal("the plugin has rotated", e.config().AdminAPIKeyID != id, !byVault)
-		e.equal("registered", len(e.System.Registered()) == 1, byVault)
+		same(t, "the plugin has rotated", e.config().AdminAPIKeyID != id, !byVault)
+		same(t, "registered", len(e.System.Registered()) == 1, byVault)
 		id = e.config().AdminAPIKeyID
-		e.op(logical.RotationOperation, "config", nil)
-		e.equal("Vault has rotated", e.config().AdminAPIKeyID != id, true)
+		e.Must("rotate config", nil)
+		same(t, "Vault has rotated", e.config().AdminAPIKeyID != id, true)
 		e.oneKey("in the end")
 		e.failing("POST", "", 403)
-		e.fails("Vault's rotation", failure(e.Do(logical.RotationOperation, "config", nil)), "403")
+		e.Fails("Vault's rotation", vaultsim.Failure(e.Do(logical.RotationOperation, "config", nil)), "403")
 	})
 }
 
 // TestRotateTTL: admin_key_ttl must leave time for two rotations, and who has a key that ends is warned.
 func TestRotateTTL(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
-		type set = map[string]any
 		const day = 24 * time.Hour
 		time.Sleep(2*day + 10*time.Hour) // to a Monday morning
 		for _, tt := range []struct{ schedule, period, ttl, refused string }{
@@ -3867,25 +3390,25 @@ func TestRotateTTL(t *testing.T) {
 			{"0 3 1 * *", "0", "62d", ""}, {"0 3 1 * *", "0", "61d", "no"}, {"* 9-17 * * 1-5", "0", "6d", ""},
 			{"* 9-17 * * 1-5", "0", "2d", "no"}, {"0 3 29 2 *", "0", "365d", "no"}, // many short gaps come before the long one
 		} {
-			data := set{"admin_key_ttl": tt.ttl, "rotation_schedule": tt.schedule, "rotation_period": tt.period}
+			data := fields{"admin_key_ttl": tt.ttl, "rotation_schedule": tt.schedule, "rotation_period": tt.period}
 			if tt.refused == "" {
-				e.ok("config", data)
+				e.OK("config", data)
 				data["disable_automated_rotation"] = true
 			}
-			e.refused("config", data, "admin_key_ttl")
-			e.ok("config", set{"admin_key_ttl": 0})
+			e.Refused("config", data, "admin_key_ttl")
+			e.OK("config", fields{"admin_key_ttl": 0})
 		}
 		made, err := e.b().newClient(e.config()).createAdminKey(t.Context(), "ends", day)
-		e.equal("creating a key that ends", err, nil)
-		resp := e.ok("config", set{"admin_api_key": made.Value, "admin_api_key_id": made.ID, "rotation_schedule": ""})
+		same(t, "creating a key that ends", err, nil)
+		resp := e.OK("config", fields{"admin_api_key": made.Value, "admin_api_key_id": made.ID, "rotation_schedule": ""})
 		end := formatTime(time.Now().Add(day))
 		if len(resp.Warnings) != 1 || !strings.Contains(resp.Warnings[0], end) {
 			t.Errorf("config with a key that ends: got %q, want one warning with %s", resp.Warnings, end)
 		}
-		resp = e.ok("config", set{"rotation_period": "10d", "admin_key_ttl": "20d"})
-		e.equal("no warning with a schedule", resp == nil, true)
-		e.refused("config", set{"rotation_period": "11d"}, "admin_key_ttl")
-		e.ok("config/rotate", nil)
+		resp = e.OK("config", fields{"rotation_period": "10d", "admin_key_ttl": "20d"})
+		same(t, "no warning with a schedule", resp == nil, true)
+		e.Refused("config", fields{"rotation_period": "11d"}, "admin_key_ttl")
+		e.OK("config/rotate", nil)
 		e.expectShown("admin_key_expires_at", formatTime(time.Now().Add(20*day)))
 	})
 }
@@ -3902,21 +3425,21 @@ func TestReport(t *testing.T) {
 		e := newEnv(t)
 		e.System.PluginEnvironment = &logical.PluginEnvironment{VaultVersionMetadata: metadata}
 		if metadata == "error" {
-			e.System.PluginEnvErr = errStep
+			e.System.PluginEnvErr = vaultsim.ErrInjected
 		}
 		e.configure(nil)
-		e.ok("roles/web", map[string]any{"project_id": openaisim.DefaultProject})
+		e.OK("roles/web", fields{"project_id": ours})
 		l, other := e.lease("web"), e.lease("web")
-		e.equal("errors", errors.Join(e.Renew(l, 0), e.Revoke(l)), nil)
-		e.ok("config/rotate", nil)
-		resp, err := e.Do(logical.ReadOperation, "creds/web", map[string]any{"ttl": 0})
-		e.refusal(resp, err, "ttl")
+		same(t, "errors", errors.Join(e.Renew(l, 0), e.Revoke(l)), nil)
+		e.OK("config/rotate", nil)
+		resp, err := e.Do(logical.ReadOperation, "creds/web", fields{"ttl": 0})
+		e.Refusal(resp, err, "ttl")
 		e.failing("", "", 401)
 		_, err = e.Issue("creds/web", nil)
-		e.fails("all", errors.Join(err, e.Renew(other, 0), e.Revoke(other)), "401")
+		e.Fails("all", errors.Join(err, e.Renew(other, 0), e.Revoke(other)), "401")
 		e.rotateFails("401") // and reads config, which tells nothing
-		e.op(logical.DeleteOperation, "roles/web", nil)
-		e.op(logical.DeleteOperation, "config", nil)
+		e.Must("delete roles/web", nil)
+		e.Must("delete config", nil)
 		var got []string
 		for text := range strings.Lines(e.Log.String()) {
 			m := regexp.MustCompile(`^\S+ \[([A-Z]+)\] +(.*?): (.*)\n$`).FindStringSubmatch(text)
@@ -3926,7 +3449,7 @@ func TestReport(t *testing.T) {
 			}
 			got = append(got, m[1]+" "+m[2])
 		}
-		e.equal("log", strings.Join(got, ", "), log)
+		same(t, "log", strings.Join(got, ", "), log)
 		for events, reports := range [][]vaultsim.Report{e.System.Observations(), e.System.Events()} {
 			var got []string
 			for _, r := range reports {
@@ -3937,55 +3460,21 @@ func TestReport(t *testing.T) {
 					t.Errorf("README lacks %s, or it tells of another account, %v", name, account)
 				}
 				if events == 1 {
-					e.equal(r.Type, fmt.Sprint("openai/", r.Data["operation"], r.Data["modified"]), fmt.Sprint(r.Type, !fail))
+					same(t, r.Type, fmt.Sprint("openai/", r.Data["operation"], r.Data["modified"]), fmt.Sprint(r.Type, !fail))
 				}
-				e.equal(r.Type+" with an error", r.Data["error"] != nil, fail)
+				same(t, r.Type+" with an error", r.Data["error"] != nil, fail)
 			}
-			e.equal("reports with metadata "+metadata, got, want)
-			e.noSecrets("a report", fmt.Sprint(reports))
+			same(t, "reports with metadata "+metadata, got, want)
+			e.NoSecrets("a report", fmt.Sprint(reports))
 		}
 	}
 }
 
-var metricLine = regexp.MustCompile(`^(?:# (HELP|TYPE) (vault_openai_[a-z_]+) (.+)|` +
-	`(vault_openai_[a-z_]+)((?:\{(?:[a-z]+="(?:[^"\\\n]|\\["\\n])*",?)+\})?) ([0-9.]+))\n$`)
-
 // series reads the metrics in both formats, strictly, checks that both say the same, and returns the values.
 func (e *env) series() map[string]float64 {
 	e.t.Helper()
-	answer := e.op(logical.ReadOperation, "metrics", map[string]any{"format": "prometheus"}).Data
-	e.equal("content type", answer[logical.HTTPContentType], "text/plain; version=0.0.4; charset=utf-8")
-	all, data, family, kind, bound, count := map[string]float64{}, map[string]float64{}, "", "", 0.0, 0.0
-	for line := range strings.Lines(string(answer[logical.HTTPRawBody].([]byte))) {
-		m := metricLine.FindStringSubmatch(line)
-		switch {
-		case m == nil || m[1] == "HELP" && m[2] == family || m[1] == "TYPE" && m[2] != family:
-			e.t.Fatalf("line %q of family %s", line, family)
-		case m[1] == "HELP":
-			family = m[2]
-			continue
-		case m[1] == "TYPE":
-			kind = m[3]
-			e.equal(family+" is a counter", kind == "counter", strings.HasSuffix(family, "_total"))
-			continue
-		}
-		suffix := strings.TrimPrefix(m[4], family)
-		if _, twice := all[m[4]+m[5]]; twice || (suffix != "") != (kind == "histogram") {
-			e.t.Errorf("%q: twice, or among %s", line, family)
-		}
-		value, _ := strconv.ParseFloat(m[6], 64)
-		all[m[4]+m[5]] = value
-		if _, le, ok := strings.Cut(m[5], `,le="`); ok { // buckets rise to all that there is
-			limit, _ := strconv.ParseFloat(strings.TrimSuffix(le, `"}`), 64)
-			if limit <= bound || value < count {
-				e.t.Errorf("%q comes after %v with %v", line, bound, count)
-			}
-			if bound, count = limit, value; math.IsInf(limit, 1) {
-				bound, count = 0, 0
-			}
-		}
-	}
-	for name, value := range e.get("metrics").Data {
+	all, data := e.Scrape("metrics", metricPrefix), map[string]float64{}
+	for name, value := range e.Get("metrics").Data {
 		if value, ok := value.(float64); ok {
 			data[name] = value
 			continue
@@ -3994,7 +3483,7 @@ func (e *env) series() map[string]float64 {
 			data[name+"{"+labels+"}"] = v
 		}
 	}
-	e.equal("metrics as data", data, all)
+	same(e.t, "metrics as data", data, all)
 	return all
 }
 
@@ -4007,19 +3496,18 @@ func TestMetricsFamilies(t *testing.T) {
 		"revoke": func(e *env, l *vaultsim.Lease) { _ = e.Revoke(l) },
 		"rotate": func(e *env, _ *vaultsim.Lease) { _, _ = e.Write("config/rotate", nil) },
 		"tidy":   func(e *env, _ *vaultsim.Lease) { _, _ = e.Write("tidy", nil) },
-		"tick":   func(e *env, _ *vaultsim.Lease) { e.Tick(); e.idle() },
+		"tick":   func(e *env, _ *vaultsim.Lease) { e.Tick(); e.quiet() },
 		"hour":   func(*env, *vaultsim.Lease) { time.Sleep(time.Hour) },
 		"slow":   func(e *env, _ *vaultsim.Lease) { e.sim.SetLatency(2 * time.Second) },
 		"hourly": func(e *env, _ *vaultsim.Lease) {
-			e.ok("config", map[string]any{"rotation_period": "1h", "admin_key_ttl": "2h"})
+			e.OK("config", fields{"rotation_period": "1h", "admin_key_ttl": "2h"})
 		},
 		"lose": func(e *env, _ *vaultsim.Lease) {
-			e.sim.Inject(openaisim.Fault{Method: "POST", Kind: "close", Process: true})
+			e.sim.Inject(fault{Method: "POST", Kind: "close", Process: true})
 		},
-		"refuse": func(e *env, _ *vaultsim.Lease) { e.sim.Inject(openaisim.Fault{Method: "DELETE", Status: 403}) },
+		"refuse": func(e *env, _ *vaultsim.Lease) { e.sim.Inject(fault{Method: "DELETE", Status: 403}) },
 	}
 	const left = "lose issue refuse revoke" // an account whose creation was lost, and a revocation that failed
-	type fault = openaisim.Fault
 	fails, refused := fault{Times: -1}, fault{Status: 403, Times: -1}
 	undeletable := fault{Method: "DELETE", Status: 403, Times: -1}
 	const start = 946684800
@@ -4104,7 +3592,7 @@ func TestMetricsFamilies(t *testing.T) {
 // TestMetricsStart: bounded series are there from the start, for Prometheus to see the first event.
 func TestMetricsStart(t *testing.T) {
 	e := newEnv(t)
-	e.equal("series", len(e.series()), 2+3*2+3*2+3)
+	same(t, "series", len(e.series()), 2+3*2+3*2+3)
 }
 
 // TestMetricsDocumented: whoever adds a metric adds it to README and to the dashboard.
@@ -4129,7 +3617,7 @@ func BenchmarkCreds(b *testing.B) {
 		req := &logical.Request{Operation: logical.ReadOperation, Path: "creds/web", Storage: e.Storage}
 		for range 2 {
 			resp, doErr := engine.HandleRequest(b.Context(), req)
-			if err = errors.Join(err, failure(resp, doErr)); err != nil {
+			if err = errors.Join(err, vaultsim.Failure(resp, doErr)); err != nil {
 				b.Fatal(err)
 			}
 			if req.Operation = logical.RevokeOperation; resp != nil {
@@ -4151,11 +3639,8 @@ func BenchmarkMetricsAdd(b *testing.B) {
 	})
 }
 
-// body is the data of a request.
-type body = map[string]any
-
 // with returns a copy of data with another value of a field; without one, the copy lacks it.
-func with(data body, field string, value ...any) body {
+func with(data fields, field string, value ...any) fields {
 	c := maps.Clone(data)
 	delete(c, field)
 	for _, v := range value {
@@ -4164,18 +3649,12 @@ func with(data body, field string, value ...any) body {
 	return c
 }
 
-// credentials returns the fields by which config knows the simulator's first admin key.
-func (e *env) credentials() body {
-	key, id := e.sim.AdminKey()
-	return body{"admin_api_key": key, "admin_api_key_id": id, "organization_id": openaisim.DefaultOrganization}
-}
-
 // outcome makes a request on the state of a snapshot and tells all that comes of it: answer, calls to OpenAI, storage.
-func (e *env) outcome(s *vaultsim.Snapshot, op logical.Operation, path string, data body) string {
+func (e *env) outcome(s *vaultsim.Snapshot, request string, data fields) string {
 	e.Restore(s)
-	e.wire.sent()
-	resp, err := e.Do(op, path, data)
-	text := fmt.Sprintf("error %v, %d calls", failure(resp, err), len(e.wire.sent()))
+	e.Wire.Sent()
+	resp, err := e.Request(request, data)
+	text := fmt.Sprintf("error %v, %d calls", vaultsim.Failure(resp, err), len(e.Wire.Sent()))
 	if resp != nil && resp.Secret != nil {
 		return text + " ttl " + resp.Secret.TTL.String()
 	} else if resp != nil {
@@ -4193,46 +3672,46 @@ func (e *env) outcome(s *vaultsim.Snapshot, op logical.Operation, path string, d
 // new entry and on one whose values are not the defaults. White space at the ends of keys, ids and the like is dropped,
 // and refused within.
 func TestRealFields(t *testing.T) {
-	certificate, key := newCertificate(t)
+	certificate, key := vaultsim.NewCertificate(t)
 	inBubble(t, func(t *testing.T, e *env) {
-		account := e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")
+		account := e.sim.AddServiceAccount(ours, "app", "member")
 		whole, other := e.credentials(), e.credentials()
-		maps.Copy(whole, body{"api_endpoint": "https://eu.api.openai.com/v1", "rotation_schedule": "0 0 * * *",
+		maps.Copy(whole, fields{"api_endpoint": "https://eu.api.openai.com/v1", "rotation_schedule": "0 0 * * *",
 			"rotation_window": "2h", "admin_key_ttl": "72h",
 			"ca_certificate": certificate, "client_certificate": certificate, "client_key": key})
-		maps.Copy(other, body{"rotation_policy": "p", "rotation_period": "24h", "disable_automated_rotation": true,
+		maps.Copy(other, fields{"rotation_policy": "p", "rotation_period": "24h", "disable_automated_rotation": true,
 			"verify_connection": false})
 		trimmed := regexp.MustCompile(`^(admin_api_key|.*_ids?|api_endpoint|service_account_role)$`)
 		seen := map[string]bool{"rolesname": true, "credsname": true} // they are in the path
 		for _, tt := range []struct {
-			op   logical.Operation
-			path string
-			data body
+			op, path string
+			data     fields
 		}{
 			{"update", "config", whole}, {"update", "config", other},
-			{"update", "roles/new", body{"project_id": openaisim.DefaultProject, "ttl": "2h", "max_ttl": "3h",
+			{"update", "roles/new", fields{"project_id": ours, "ttl": "2h", "max_ttl": "3h",
 				"service_account_name_template": "x", "service_account_description": "y", "enforce_key_expiry": false,
 				"scopes": "api.a.read", "service_account_role": "owner"}},
-			{"update", "roles/new", body{"project_id": openaisim.DefaultProject, "service_account_id": account}},
-			{"read", "creds/web", body{"ttl": "15m"}}, {"update", "creds/web", body{"ttl": "15m"}},
-			{"update", "tidy", body{"dry_run": true, "mount_id": "aaaaaa", "project_ids": openaisim.DefaultProject}},
-			{"read", "metrics", body{"format": "prometheus"}},
+			{"update", "roles/new", fields{"project_id": ours, "service_account_id": account}},
+			{"read", "creds/web", fields{"ttl": "15m"}}, {"update", "creds/web", fields{"ttl": "15m"}},
+			{"update", "tidy", fields{"dry_run": true, "mount_id": "aaaaaa", "project_ids": ours}},
+			{"read", "metrics", fields{"format": "prometheus"}},
 		} {
 			_ = e.Storage.Delete(context.Background(), tt.path) // config or the role; nothing else is stored by its path
 			fresh := e.Snapshot()
-			e.op(tt.op, tt.path, tt.data)
+			request := tt.op + " " + tt.path
+			e.Must(request, tt.data)
 			stored := e.Snapshot()
 			head, _, _ := strings.Cut(tt.path, "/")
 			for field, value := range tt.data {
 				seen[head+field] = true
-				same := func(what string, s *vaultsim.Snapshot, data, as body) {
+				same := func(what string, s *vaultsim.Snapshot, data, as fields) {
 					t.Helper()
-					if got, want := e.outcome(s, tt.op, tt.path, data), e.outcome(s, tt.op, tt.path, as); got != want {
+					if got, want := e.outcome(s, request, data), e.outcome(s, request, as); got != want {
 						t.Errorf("%s with %s %s: got %s, want %s", tt.path, field, what, got, want)
 					}
 				}
 				same("null, new", fresh, with(tt.data, field, nil), with(tt.data, field))
-				same("null, stored", stored, body{field: nil}, body{})
+				same("null, stored", stored, fields{field: nil}, fields{})
 				if !trimmed.MatchString(field) {
 					continue
 				}
@@ -4240,8 +3719,8 @@ func TestRealFields(t *testing.T) {
 				for _, spaced := range []string{v + "\n", v + "\r\n", " \t" + v + " "} {
 					same("in white space", fresh, with(tt.data, field, spaced), tt.data)
 				}
-				e.refused(tt.path, with(tt.data, field, v[:4]+" "+v[4:]), field)
-				e.refused(tt.path, with(tt.data, field, v[:4]+"\n"+v[4:]), field)
+				e.Refused(tt.path, with(tt.data, field, v[:4]+" "+v[4:]), field)
+				e.Refused(tt.path, with(tt.data, field, v[:4]+"\n"+v[4:]), field)
 			}
 			e.Restore(fresh)
 			e.configure(nil)
@@ -4259,24 +3738,24 @@ func TestRealFields(t *testing.T) {
 // TestRealEmptyBoolean: an empty text is no boolean: it does not turn off an expiry, a proof or a dry run.
 func TestRealEmptyBoolean(t *testing.T) {
 	e := newConfiguredEnv(t)
-	e.refused("roles/web", map[string]any{"enforce_key_expiry": ""}, "enforce_key_expiry does not take this value")
-	e.refused("config", map[string]any{"verify_connection": ""}, "verify_connection does not take this value")
-	e.refused("config", map[string]any{"disable_automated_rotation": ""}, "disable_automated_rotation does not take")
-	e.refused("tidy", map[string]any{"dry_run": ""}, "dry_run does not take this value")
+	e.Refused("roles/web", fields{"enforce_key_expiry": ""}, "enforce_key_expiry does not take this value")
+	e.Refused("config", fields{"verify_connection": ""}, "verify_connection does not take this value")
+	e.Refused("config", fields{"disable_automated_rotation": ""}, "disable_automated_rotation does not take")
+	e.Refused("tidy", fields{"dry_run": ""}, "dry_run does not take this value")
 }
 
 // TestRealWrite: creds takes its parameters by PUT and POST as by a read.
 func TestRealWrite(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		for ttl, want := range map[any]time.Duration{"15m": 900e9, 900: 900e9, "900": 900e9, nil: time.Hour} {
-			resp := e.op(logical.UpdateOperation, "creds/web", body{"ttl": ttl})
-			keys := e.sim.ProjectKeys(openaisim.DefaultProject)
+			resp := e.Must("update creds/web", fields{"ttl": ttl})
+			keys := e.sim.ProjectKeys(ours)
 			life := time.Until(keys[len(keys)-1].Expires) - keyGrace
 			if resp.Secret == nil || resp.Secret.TTL != want || life != want {
 				t.Errorf("ttl %v: got %+v and a key for %s, want %s", ttl, resp.Secret, life, want)
 			}
 		}
-		e.refused("creds/web", body{"ttl": "25h"}, "max_ttl")
+		e.Refused("creds/web", fields{"ttl": "25h"}, "max_ttl")
 	})
 }
 
@@ -4286,11 +3765,11 @@ func TestRealScopes(t *testing.T) {
 	written := []string{"api.responses.write", "api.model.request", "api.responses.write", "api.a.read"}
 	want := strings.Repeat(" [api.responses.write api.model.request api.a.read]", 3)[1:]
 	for _, scopes := range []any{written, strings.Join(written, ",")} {
-		e.ok("roles/web", body{"scopes": scopes})
+		e.OK("roles/web", fields{"scopes": scopes})
 		l := e.lease("web")
-		key := e.sim.ProjectKeys(openaisim.DefaultProject)[0]
-		e.revoke(l)
-		if got := fmt.Sprint(e.get("roles/web").Data["scopes"], l.Data["scopes"], key.Scopes); got != want {
+		key := e.sim.ProjectKeys(ours)[0]
+		e.MustRevoke(l)
+		if got := fmt.Sprint(e.Get("roles/web").Data["scopes"], l.Data["scopes"], key.Scopes); got != want {
 			t.Errorf("role, creds and OpenAI: got %s, want %s", got, want)
 		}
 	}
@@ -4298,14 +3777,14 @@ func TestRealScopes(t *testing.T) {
 
 // leftovers tells how many revocations and how many replaced admin keys are pending.
 func (e *env) leftovers() string {
-	e.idle()
+	e.quiet()
 	return fmt.Sprint(len(e.Storage.Keys("cleanup/")), len(e.config().PendingDeletion))
 }
 
 // replacedKey leaves a replaced admin key for later. processed: it is gone at OpenAI.
 func (e *env) replacedKey(processed bool) {
-	e.sim.Inject(openaisim.Fault{Method: "DELETE", Path: "admin_api_keys", Process: processed, Kind: "close", Times: -1})
-	e.op(logical.UpdateOperation, "config/rotate", nil)
+	e.sim.Inject(fault{Method: "DELETE", Path: "admin_api_keys", Process: processed, Kind: "close", Times: -1})
+	e.Must("update config/rotate", nil)
 	e.sim.ClearFaults()
 }
 
@@ -4314,14 +3793,14 @@ func (e *env) replacedKey(processed bool) {
 func TestRealGone(t *testing.T) {
 	for i, status := range []int{400, 404, 410, 422, 400, 404, 410, 422} {
 		inBubble(t, func(t *testing.T, e *env) {
-			e.ok("roles/key", body{"project_id": openaisim.DefaultProject,
-				"service_account_id": e.sim.AddServiceAccount(openaisim.DefaultProject, "app", "member")})
+			e.OK("roles/key", fields{"project_id": ours,
+				"service_account_id": e.sim.AddServiceAccount(ours, "app", "member")})
 			e.sim.SetGoneStatus(status, i < 4)
 			for _, role := range []string{"web", "key"} {
 				l := e.lease(role)
 				e.DropNext()
 				_ = e.Revoke(l) // Vault does not get the answer
-				e.revoke(l)
+				e.MustRevoke(l)
 			}
 			e.replacedKey(true)
 			e.Run(2 * time.Minute)
@@ -4342,10 +3821,10 @@ func TestRealNotGone(t *testing.T) {
 				inBubble(t, func(t *testing.T, e *env) {
 					l := e.lease("web")
 					e.replacedKey(false)
-					e.sim.Inject(openaisim.Fault{Method: method, Status: status, Body: text, Times: -1})
+					e.sim.Inject(fault{Method: method, Status: status, Body: text, Times: -1})
 					err := e.Revoke(l)
 					e.Run(3 * time.Minute)
-					got := fmt.Sprint(e.leftovers(), e.op(logical.UpdateOperation, "tidy", nil).Data["pending"])
+					got := fmt.Sprint(e.leftovers(), e.Must("update tidy", nil).Data["pending"])
 					if want := fmt.Sprintf("1 1[%s]", l.Data["service_account_id"]); err == nil || got != want {
 						t.Errorf("%s %d %s: got error %v and %s left, want %s", method, status, text, err, got, want)
 					}
@@ -4358,52 +3837,19 @@ func TestRealNotGone(t *testing.T) {
 	}
 }
 
-// newCertificate returns a certificate that signs itself, and its key, in PEM.
-func newCertificate(t *testing.T) (certificate, key string) {
-	t.Helper()
-	private, _ := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().AddDate(100, 0, 0), IsCA: true,
-		BasicConstraintsValid: true, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
-	der, err := x509.CreateCertificate(crand.Reader, template, template, &private.PublicKey, private)
-	raw, keyErr := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil || keyErr != nil {
-		t.Fatal(err, keyErr)
-	}
-	return toPEM("CERTIFICATE", der), toPEM("PRIVATE KEY", raw)
-}
-
-func toPEM(kind string, der []byte) string {
-	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
-}
-
-// serveTLS serves the API over TLS and returns its address and private authority. It demands the certificate client.
-func serveTLS(t *testing.T, handler http.Handler, client string) (address, ca string) {
-	t.Helper()
-	server := httptest.NewUnstartedServer(handler)
-	server.Config.ErrorLog = log.New(io.Discard, "", 0)
-	server.EnableHTTP2 = true
-	if client != "" {
-		server.TLS = &tls.Config{ClientCAs: x509.NewCertPool(), ClientAuth: tls.RequireAndVerifyClientCert}
-		server.TLS.ClientCAs.AppendCertsFromPEM([]byte(client))
-	}
-	server.StartTLS()
-	t.Cleanup(server.Close)
-	return server.URL + "/v1", toPEM("CERTIFICATE", server.Certificate().Raw)
-}
-
 // overNetwork makes a mount's calls go over the network, through a proxy unless that is nil. A role "web" is there.
 func (e *env) overNetwork(proxy *url.URL) {
 	transport := newTransport()
 	transport.Proxy = http.ProxyURL(proxy)
 	e.b().transport = transport
-	e.put("roles/web", `{"project_id":"proj_sim"}`)
+	e.Storage.Set("roles/web", `{"project_id":"proj_sim"}`)
 }
 
 // TestRealNothingSent: a call that did not get through the proxy or the TLS handshake was not sent: it is made again
 // like one whose connection is refused, nothing is looked for, and the error says what to look at. One that was cut off
 // is not made again, but looked for.
 func TestRealNothingSent(t *testing.T) {
-	stranger, _ := newCertificate(t)
+	stranger, _ := vaultsim.NewCertificate(t)
 	for want, answer := range map[string]int{ // of a proxy; -1: it is dead; 0: there is none
 		"proxyconnect": -1, "proxy answered 407": 407, "proxy answered 403": 403, "unknown authority": 0, "no answer": 0,
 	} {
@@ -4419,11 +3865,11 @@ func TestRealNothingSent(t *testing.T) {
 				via.Close()
 			}
 			e.overNetwork(proxy)
-			address, ca := serveTLS(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			address, ca := vaultsim.ServeTLS(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 				panic(http.ErrAbortHandler)
 			}), "")
 			ca = map[bool]string{true: stranger, false: ca}[want == "unknown authority"]
-			e.configure(body{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
+			e.configure(fields{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
 			_, err := e.Issue("creds/web", nil)
 			if err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("got error %v, want %q in it", err, want)
@@ -4454,7 +3900,7 @@ func TestRealNothingSent(t *testing.T) {
 func TestRealWriteFails(t *testing.T) {
 	for written, lost := range map[bool]int{false: 0, true: 1} {
 		e := newConfiguredEnv(t)
-		e.wire.setFault(func(req *http.Request, _ func() (*http.Response, error)) (*http.Response, error) {
+		e.Wire.SetFault(func(req *http.Request, _ vaultsim.Send) (*http.Response, error) {
 			err := &net.OpError{Op: "write", Net: "tcp", Err: syscall.EPIPE}
 			trace := httptrace.ContextClientTrace(req.Context())
 			trace.GetConn("")
@@ -4470,45 +3916,7 @@ func TestRealWriteFails(t *testing.T) {
 
 // tally returns how many calls of a method met service accounts, and how many of these a rate limit refused.
 func (e *env) tally(method string) (calls, limited int) {
-	for _, c := range e.sim.Calls() {
-		if c.Method == method && strings.Contains(c.Path, "service_accounts") {
-			if calls++; c.Status == http.StatusTooManyRequests {
-				limited++
-			}
-		}
-	}
-	return calls, limited
-}
-
-// together reads n credentials, 1 ms apart, and returns the leases in the order in which they were served, the numbers
-// of their reads in that order, and the errors.
-func (e *env) together(n int) (leases []*vaultsim.Lease, order []int, errs []error) {
-	var work sync.WaitGroup
-	var mu sync.Mutex
-	for i := range n {
-		work.Go(func() {
-			time.Sleep(time.Duration(i) * time.Millisecond)
-			l, err := e.Issue("creds/web", nil)
-			mu.Lock()
-			defer mu.Unlock()
-			if err != nil {
-				errs = append(errs, err)
-			} else {
-				leases, order = append(leases, l), append(order, i)
-			}
-		})
-	}
-	work.Wait()
-	return leases, order, errs
-}
-
-// revokeAll revokes all leases at once.
-func (e *env) revokeAll() {
-	var work sync.WaitGroup
-	for _, l := range e.Leases() {
-		work.Go(func() { _ = e.Revoke(l) })
-	}
-	work.Wait()
+	return e.sim.CountCalls(method, "service_accounts"), e.sim.CountCalls(method, "service_accounts", 429)
 }
 
 // eachLimit runs test on a mount whose OpenAI takes 300 ms for an answer and, after limit, allows 8 calls a minute for
@@ -4534,10 +3942,10 @@ func TestLaneReads(t *testing.T) {
 		start := time.Now()
 		var other atomic.Int64 // nanoseconds
 		time.AfterFunc(20*time.Second, func() {
-			e.ok("roles/other", body{"project_id": openaisim.DefaultProject})
+			e.OK("roles/other", fields{"project_id": ours})
 			other.Store(int64(time.Since(start) - 20*time.Second))
 		})
-		leases, order, errs := e.together(14)
+		leases, order, errs := e.IssueTogether(14, "creds/web")
 		calls, limited := e.tally("POST")
 		t.Logf("14 reads: %d served in %s with %d calls, %d refused", len(leases), time.Since(start), calls, limited)
 		if len(leases) < 13 || calls > 28 || !slices.IsSorted(order) {
@@ -4545,7 +3953,7 @@ func TestLaneReads(t *testing.T) {
 		}
 		again := time.Now()
 		for time.Since(again) < 3*time.Minute && len(e.Leases()) > 0 {
-			e.revokeAll()
+			e.RevokeTogether()
 		}
 		calls, limited = e.tally("DELETE")
 		t.Logf("revoked in %s with %d calls, %d refused", time.Since(again), calls, limited)
@@ -4560,7 +3968,7 @@ func TestLaneReads(t *testing.T) {
 func TestLaneFull(t *testing.T) {
 	eachLimit(t, func(t *testing.T, e *env, limit func()) {
 		limit()
-		leases, _, errs := e.together(60)
+		leases, _, errs := e.IssueTogether(60, "creds/web")
 		for _, err := range errs {
 			if !strings.Contains(strings.ToLower(err.Error()), "rate limit") {
 				t.Errorf("got error %v, want it to name the rate limit", err)
@@ -4578,13 +3986,13 @@ func TestLaneFull(t *testing.T) {
 func TestLaneEnd(t *testing.T) {
 	eachLimit(t, func(t *testing.T, e *env, limit func()) {
 		for range 80 { // so many fast answers are no leave for many calls at once
-			e.revoke(e.lease("web"))
+			e.MustRevoke(e.lease("web"))
 		}
-		leases, _, _ := e.together(100)
+		leases, _, _ := e.IssueTogether(100, "creds/web")
 		limit()
 		start := leases[len(leases)-1].Expires
 		e.Run(time.Until(start))
-		for len(e.sim.ServiceAccounts(openaisim.DefaultProject)) > 0 && time.Since(start) < time.Hour {
+		for len(e.sim.ServiceAccounts(ours)) > 0 && time.Since(start) < time.Hour {
 			e.Run(time.Second)
 		}
 		calls, limited := e.tally("DELETE")
@@ -4603,12 +4011,12 @@ func TestLaneEnd(t *testing.T) {
 func TestLaneTold(t *testing.T) {
 	for _, latency := range []time.Duration{0, 300 * time.Millisecond} {
 		inBubble(t, func(t *testing.T, e *env) {
-			e.together(200)
+			e.IssueTogether(200, "creds/web")
 			e.sim.SetLatency(latency)
 			e.sim.SetRateLimit(20, 20)
 			e.sim.ResetCalls()
 			start := time.Now()
-			e.revokeAll()
+			e.RevokeTogether()
 			calls, limited := e.tally("DELETE")
 			t.Logf("latency %s: 200 revoked in %s with %d calls, %d refused", latency, time.Since(start), calls, limited)
 			if took := time.Since(start); took > 12*time.Second || limited > 80 || len(e.Leases()) > 0 {
@@ -4621,42 +4029,42 @@ func TestLaneTold(t *testing.T) {
 // TestRealTLS: a credential lives over TLS with a private authority and a certificate of ours. A mistake names its
 // field; the key is shown nowhere; the settings change only together with the admin key.
 func TestRealTLS(t *testing.T) {
-	certificate, key := newCertificate(t)
-	otherCertificate, otherKey := newCertificate(t)
+	certificate, key := vaultsim.NewCertificate(t)
+	otherCertificate, otherKey := vaultsim.NewCertificate(t)
 	e := newEnv(t)
 	e.overNetwork(nil)
-	address, ca := serveTLS(t, e.sim, certificate)
+	address, ca := vaultsim.ServeTLS(t, e.sim, certificate)
 	good, lines := e.credentials(), strings.SplitAfter(key, "\n")
-	maps.Copy(good, body{
+	maps.Copy(good, fields{
 		"api_endpoint": address, "ca_certificate": ca, "client_certificate": certificate, "client_key": key})
 	shown := ""
 	for field, values := range map[string][]any{
-		"ca_certificate":     {"no PEM", key, ca + key, toPEM("CERTIFICATE", []byte("x"))},
+		"ca_certificate":     {"no PEM", key, ca + key, vaultsim.PEM("CERTIFICATE", []byte("x"))},
 		"client_certificate": {"no PEM", "", certificate + key, key + certificate, otherCertificate},
-		"client_key":         {"no PEM", "", otherKey, certificate, lines[0] + lines[2], []any{body{"x": key}}},
+		"client_key":         {"no PEM", "", otherKey, certificate, lines[0] + lines[2], []any{fields{"x": key}}},
 	} {
 		for _, value := range values {
 			resp, err := e.Write("config", with(good, field, value))
-			e.refusal(resp, err, field)
-			if shown += fmt.Sprint(failure(resp, err)); len(e.Storage.Keys("config")) > 0 {
+			e.Refusal(resp, err, field)
+			if shown += fmt.Sprint(vaultsim.Failure(resp, err)); len(e.Storage.Keys("config")) > 0 {
 				t.Fatalf("%s %.10q: stored", field, value)
 			}
 		}
 	}
-	e.ok("config", good)
-	if got := e.get("config").Data; got["ca_certificate"] != ca || got["client_certificate"] != certificate {
+	e.OK("config", good)
+	if got := e.Get("config").Data; got["ca_certificate"] != ca || got["client_certificate"] != certificate {
 		t.Error("config does not show the certificates")
 	}
-	for _, data := range []body{{"ca_certificate": ""}, {"client_key": "", "client_certificate": ""},
+	for _, data := range []fields{{"ca_certificate": ""}, {"client_key": "", "client_certificate": ""},
 		{"client_certificate": certificate + "\n"}, {"client_certificate": otherCertificate, "client_key": otherKey}} {
-		e.refused("config", data, "admin_api_key")
+		e.Refused("config", data, "admin_api_key")
 	}
-	e.ok("config", body{"ca_certificate": ca, "client_key": key}) // as they are
+	e.OK("config", fields{"ca_certificate": ca, "client_key": key}) // as they are
 	l := e.lease("web")
-	e.op(logical.UpdateOperation, "config/rotate", nil)
-	e.revoke(l)
+	e.Must("update config/rotate", nil)
+	e.MustRevoke(l)
 	e.have(0, 0, "after revocation")
-	shown += fmt.Sprint(e.get("config").Data) + e.Log.String()
+	shown += fmt.Sprint(e.Get("config").Data) + e.Log.String()
 	if strings.Contains(shown, lines[1][:20]) || strings.Contains(shown, "PRIVATE KEY") {
 		t.Error("an error, config or the log shows the key")
 	}
@@ -4671,12 +4079,12 @@ func TestRealPermission(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		refused := func(path string) {
 			t.Helper()
-			resp, err := e.Do(logical.UpdateOperation, path, body{"project_id": openaisim.DefaultProject})
+			resp, err := e.Do(logical.UpdateOperation, path, fields{"project_id": ours})
 			if resp.IsError() || !strings.Contains(fmt.Sprint(resp, err), "Organization Administration: Write") {
 				t.Errorf("%s: got response %v, error %v", path, resp, err)
 			}
 		}
-		e.sim.Inject(openaisim.Fault{Status: 403})
+		e.sim.Inject(fault{Status: 403})
 		refused("roles/new")
 		_, id := e.sim.AdminKey()
 		e.sim.SetAdminKeyAccess(id, "read")
@@ -4695,8 +4103,8 @@ func TestRealDeadKey(t *testing.T) {
 	for _, n := range []int{1, 8, 50} {
 		for _, disable := range []bool{true, false} {
 			inBubble(t, func(t *testing.T, e *env) {
-				e.together(n)
-				e.sim.Inject(openaisim.Fault{Status: 401, Times: -1})
+				e.IssueTogether(n, "creds/web")
+				e.sim.Inject(fault{Status: 401, Times: -1})
 				if runs := 1; disable {
 					for ; e.Disable() != nil && runs < 100; runs++ {
 					}
@@ -4711,7 +4119,7 @@ func TestRealDeadKey(t *testing.T) {
 				}
 				e.sim.ClearFaults()
 				e.Run(2 * time.Minute)
-				e.idle()
+				e.quiet()
 				e.have(0, 0, "when the key lives again")
 			})
 		}
@@ -4722,17 +4130,17 @@ func TestRealDeadKey(t *testing.T) {
 func TestRealFirstKeyAgain(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		first := e.credentials()
-		rotated := e.op(logical.UpdateOperation, "config/rotate", nil).Data["admin_api_key_id"].(string)
-		e.refused("config", first, "refused") // by the proof
+		rotated := e.Must("update config/rotate", nil).Data["admin_api_key_id"].(string)
+		e.Refused("config", first, "refused") // by the proof
 		other, otherID := e.sim.AddAdminKey("other")
 		for _, tt := range []struct {
-			data body
+			data fields
 			want bool
 		}{
-			{body{"admin_key_ttl": 0}, false}, {with(first, "verify_connection", false), true},
-			{with(first, "verify_connection", false), false}, {body{"admin_api_key": other, "admin_api_key_id": otherID}, false},
+			{fields{"admin_key_ttl": 0}, false}, {with(first, "verify_connection", false), true},
+			{with(first, "verify_connection", false), false}, {fields{"admin_api_key": other, "admin_api_key_id": otherID}, false},
 		} {
-			resp := e.ok("config", tt.data)
+			resp := e.OK("config", tt.data)
 			if got := resp != nil && strings.Contains(fmt.Sprint(resp.Warnings), rotated); got != tt.want {
 				t.Errorf("warned of the rotated key: %v, want %v", got, tt.want)
 			}

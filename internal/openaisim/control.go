@@ -134,6 +134,18 @@ func (s *Server) Calls() []Call {
 	return calls
 }
 
+// CountCalls counts the calls, of those that Calls returns, of a method, empty: any, whose path
+// has part in it and whose answer had one of the statuses; none: any.
+func (s *Server) CountCalls(method, part string, statuses ...int) (n int) {
+	for _, c := range s.Calls() {
+		if (method == "" || c.Method == method) && strings.Contains(c.Path, part) &&
+			(len(statuses) == 0 || slices.Contains(statuses, c.Status)) {
+			n++
+		}
+	}
+	return n
+}
+
 // ResetCalls forgets the calls so far.
 func (s *Server) ResetCalls() { s.locked(func() { s.calls = nil }) }
 

@@ -206,6 +206,15 @@ func (s *Server) AddServiceAccount(project, name, role string) (id string) {
 	return must(s.addAccount(must(find(s.projects, "project", project)), "", name, role)).ID
 }
 
+// AddKey makes a key without expiry on a service account, as somebody else does. It panics
+// when that is not possible.
+func (s *Server) AddKey(project, account, name string) (id string) {
+	s.lock()
+	defer s.mu.Unlock()
+	p := must(find(s.projects, "project", project))
+	return must(s.addKey(p, must(find(p.accounts, "service account", account)), "", name, "", 0)).ID
+}
+
 // AdminKeys returns the live admin keys: not deleted, not expired.
 func (s *Server) AdminKeys() []AdminKey {
 	s.lock()
@@ -253,6 +262,26 @@ func (p *project) projectKeys() []ProjectKey {
 		list = append(list, k.ProjectKey)
 	}
 	return list
+}
+
+// Names returns the names of the service accounts and keys in the projects, by their ids. It
+// panics when there is no such project.
+func (s *Server) Names(projects ...string) map[string]string {
+	names := map[string]string{}
+	for _, p := range projects {
+		for _, a := range s.ServiceAccounts(p) {
+			names[a.ID] = a.Name
+		}
+		for _, k := range s.ProjectKeys(p) {
+			names[k.ID] = k.Name
+		}
+	}
+	return names
+}
+
+// ShowsKey tells whether a text has anything like a key in it, apart from a masked one (sk-***).
+func ShowsKey(text string) bool {
+	return strings.Contains(strings.ReplaceAll(text, "sk-***", ""), "sk-")
 }
 
 // Use tells whether /v1/models would accept this project key or access token now.

@@ -273,6 +273,23 @@ func TestAuthentication(t *testing.T) {
 	}
 }
 
+// TestDirectly: what a test makes and counts without a call.
+func TestDirectly(t *testing.T) {
+	s := New()
+	account := s.AddServiceAccount(DefaultProject, "an account", "member")
+	id := s.AddKey(DefaultProject, account, "a key")
+	same(t, "names", s.Names(DefaultProject), map[string]string{account: "an account", id: "a key"})
+	same(t, "owner", s.ProjectKeys(DefaultProject)[0].ServiceAccountID, account)
+	ok(t, s, "GET", projectPath, "")
+	refused(t, s, "DELETE", projectPath+"/service_accounts/svc_x", "", 404, "not_found")
+	got := []int{s.CountCalls("", "/projects/"), s.CountCalls("DELETE", ""), s.CountCalls("GET", "", 404, 429),
+		s.CountCalls("", "", 200, 404), s.CountCalls("", "admin_api_keys")}
+	same(t, "calls", got, []int{2, 1, 0, 2, 0})
+	for text, want := range map[string]bool{"sk-***": false, "sk-admin-x": true, "sk-*** sk-x": true, "": false} {
+		same(t, text, ShowsKey(text), want)
+	}
+}
+
 func TestAdminKeys(t *testing.T) {
 	s := New()
 	_, first := s.AdminKey()

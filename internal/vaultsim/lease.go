@@ -73,8 +73,8 @@ func (v *Vault) IssueContext(ctx context.Context, path string, data map[string]a
 	v.mu.Unlock()
 	resp, err := v.DoContext(ctx, logical.ReadOperation, path, data)
 	switch {
-	case failure(resp, err) != nil:
-		return nil, failure(resp, err)
+	case Failure(resp, err) != nil:
+		return nil, Failure(resp, err)
 	case resp == nil || resp.Secret == nil:
 		return nil, errors.New("vaultsim: the answer has no secret")
 	}
@@ -159,7 +159,7 @@ func (v *Vault) Renew(lease *Lease, increment time.Duration) error {
 		return err
 	}
 	resp, err := v.clientRequest(context.Background(), req)
-	if err := failure(resp, err); err != nil || resp == nil || resp.Secret == nil {
+	if err := Failure(resp, err); err != nil || resp == nil || resp.Secret == nil {
 		return err
 	}
 	v.mu.Lock()
@@ -185,7 +185,7 @@ func (v *Vault) revoke(ctx context.Context, lease *Lease) error {
 	if err != nil {
 		return err
 	}
-	if err := failure(v.route(ctx, req)); err != nil {
+	if err := Failure(v.route(ctx, req)); err != nil {
 		return err
 	}
 	v.mu.Lock()

@@ -56,6 +56,16 @@ func (s *Storage) SetAfter(f func(verb, key string) error) {
 	s.after = f
 }
 
+// Fail is a fault: each operation of this verb on keys with this prefix fails with ErrInjected.
+func (s *Storage) Fail(failVerb, prefix string) {
+	s.SetFault(func(verb, key string) error {
+		if verb == failVerb && strings.HasPrefix(key, prefix) {
+			return ErrInjected
+		}
+		return nil
+	})
+}
+
 // Counts returns how often the plugin has used each verb since ResetCounts, failures of
 // hooks included.
 func (s *Storage) Counts() map[string]int {
@@ -100,6 +110,11 @@ func (s *Storage) All() map[string]string {
 		all[key] = string(entry.Value)
 	}
 	return all
+}
+
+// Set stores an entry for a test: it passes no hook.
+func (s *Storage) Set(key, value string) {
+	_ = s.Put(context.Background(), &logical.StorageEntry{Key: key, Value: []byte(value)}) // never fails
 }
 
 // Get is for tests: it passes no hook.
@@ -153,6 +168,7 @@ func clone(entry *logical.StorageEntry) *logical.StorageEntry {
 // view is the storage as one process of the plugin has it.
 type view struct {
 	storage *Storage
+	wire    *Wire
 	process context.Context // ends with the process
 	cut     bool            // the process has ended; guarded by storage.mu
 }

@@ -6,10 +6,12 @@
 // tried again, a rollback each minute, restarts and crashes. The facts were read in Vault's
 // source and seen with Vault CE.
 //
-// It uses no network, and of the clock only time.Now and timers, so that it works inside a
+// It uses no network of its own, and of the clock only time.Now and timers, so that it works inside a
 // testing/synctest bubble. Close, which the test's clean-up calls, leaves no goroutine.
 //
-// Read vaultsim.go first, the mount and its requests; then lease.go, storage.go, system.go.
+// Read vaultsim.go first, the mount and its requests; then lease.go, storage.go, system.go and
+// network.go. steps.go makes a request fail at each of its steps; check.go has the checks that
+// tests of a secrets engine need again and again.
 package vaultsim
 
 import (
@@ -46,7 +48,12 @@ type Vault struct {
 	Storage     *Storage // of the mount; it stays when the plugin's process ends
 	System      *System
 	Log         *Log   // of the plugin, at trace level
+	Wire        *Wire  // the plugin's network, if the test's factory takes it from Network
 	DisplayName string // of the token that makes the requests of Do and Issue
+
+	// Leaks tells whether a text shows a secret. Where the test has set it, no error or warning
+	// that the methods of check.go see may do so, nor, when the test ends, the log.
+	Leaks func(text string) bool
 
 	tb       testing.TB
 	factory  logical.Factory
@@ -86,7 +93,7 @@ func New(tb testing.TB, factory logical.Factory) *Vault {
 	tb.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	v := &Vault{
-		Storage: newStorage(), System: newSystem(), Log: &Log{}, DisplayName: "token",
+		Storage: newStorage(), System: newSystem(), Log: &Log{}, Wire: &Wire{}, DisplayName: "token",
 		tb: tb, factory: factory, started: time.Now(), leases: map[string]*Lease{},
 		rollback: make(chan struct{}, 1), wake: make(chan struct{}, 1), done: ctx.Done(), finish: cancel,
 	}
@@ -96,6 +103,7 @@ func New(tb testing.TB, factory logical.Factory) *Vault {
 		BackendUUID: newUUID(), Config: map[string]string{},
 	}
 	v.process = v.newProcess()
+	tb.Cleanup(func() { v.NoSecrets("the log", v.Log.String()) })
 	tb.Cleanup(v.Close)
 	if err := v.start(v.process); err != nil {
 		tb.Fatalf("enabling the mount: %v", err)
@@ -103,17 +111,10 @@ func New(tb testing.TB, factory logical.Factory) *Vault {
 	return v
 }
 
-// Process returns a context that ends with the plugin process that was given config. A
-// test's factory can bind the process's way to the network to it: Vault has no such thing,
-// but a process that was killed sends nothing more.
-func Process(config *logical.BackendConfig) context.Context {
-	return config.StorageView.(*view).process
-}
-
 func (v *Vault) newProcess() *process {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &process{
-		view:  &view{storage: v.Storage, process: ctx},
+		view:  &view{storage: v.Storage, wire: v.Wire, process: ctx},
 		ready: make(chan struct{}), end: cancel, cancels: map[int]context.CancelFunc{},
 	}
 }
@@ -311,7 +312,7 @@ func (v *Vault) route(ctx context.Context, req *logical.Request) (*logical.Respo
 		return nil, errProcess
 	case err == nil && ctx.Err() != nil:
 		return nil, ctx.Err()
-	case failure(resp, err) == nil && req.Operation != logical.RollbackOperation && v.dropped():
+	case Failure(resp, err) == nil && req.Operation != logical.RollbackOperation && v.dropped():
 		return nil, errDropped
 	}
 	return resp, err
@@ -463,9 +464,9 @@ func viaJSON(from, to any) error {
 	return json.Unmarshal(text, to)
 }
 
-// failure returns what an answer says went wrong; nil: nothing. Vault treats an error
+// Failure returns what an answer says went wrong; nil: nothing. Vault treats an error
 // response to a renewal or revocation as an error.
-func failure(resp *logical.Response, err error) error {
+func Failure(resp *logical.Response, err error) error {
 	if err == nil && resp.IsError() {
 		err = resp.Error()
 	}

@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -191,9 +193,9 @@ func TestStorage(t *testing.T) {
 			}
 			return nil
 		}
-		v.Storage.SetFault(fail)
+		v.Storage.Fail("put", "things/")
 		_, err := v.Write("things/x", nil)
-		check(t, "fault", err, broken)
+		check(t, "fault", err, ErrInjected)
 		check(t, "entries", len(v.Storage.All()), 0)
 		v.Storage.SetFault(nil)
 		v.Storage.SetAfter(fail)
@@ -205,9 +207,8 @@ func TestStorage(t *testing.T) {
 			t.Errorf("counts: got %v, want %v", got, want)
 		}
 		v.Storage.ResetCounts()
-		if err := v.Storage.Put(t.Context(), &logical.StorageEntry{Key: "things/deep/y"}); err != nil {
-			t.Fatal(err)
-		}
+		v.Storage.Set("things/deep/y", "z")
+		check(t, "value", v.Storage.All()["things/deep/y"], "z")
 		if got := v.Storage.Keys("things/"); !slices.Equal(got, []string{"deep/", "x"}) {
 			t.Errorf("keys: got %q", got)
 		}
@@ -353,15 +354,16 @@ func TestProcesses(t *testing.T) {
 	})
 }
 
-// TestCrashVaultLosesLease that is about to be registered; and Process ends with its process.
+// TestCrashVaultLosesLease that is about to be registered; and what has crashed sends nothing.
 func TestCrashVaultLosesLease(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var processes []context.Context
+		var networks []http.RoundTripper
 		f := &fake{}
 		v := New(t, func(ctx context.Context, config *logical.BackendConfig) (logical.Backend, error) {
-			processes = append(processes, Process(config))
+			networks = append(networks, Network(config))
 			return f.factory(ctx, config)
 		})
+		v.Wire.Connect(answers(204))
 		v.Storage.SetAfter(func(string, string) error { time.Sleep(time.Second); return nil })
 		go func() {
 			if _, err := v.Issue("creds", nil); err == nil {
@@ -372,7 +374,11 @@ func TestCrashVaultLosesLease(t *testing.T) {
 		v.CrashVault()
 		time.Sleep(time.Minute)
 		check(t, "leases", len(v.Leases()), 0)
-		check(t, "contexts ended", processes[0].Err() != nil && processes[1].Err() == nil, true)
+		for i, want := range []error{context.Canceled, nil} {
+			_, err := networks[i].RoundTrip(httptest.NewRequest("GET", "/v1/x", nil))
+			check(t, "error of a process's network", err, want)
+		}
+		Same(t, "sent", v.Wire.Sent(), "[GET /x ]")
 	})
 }
 
