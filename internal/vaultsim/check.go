@@ -73,12 +73,23 @@ func (v *Vault) Get(path string) *logical.Response {
 	return v.Must("read "+path, nil)
 }
 
-// Refused makes a write that must be the caller's mistake (a 400 over HTTP), with every text of
-// want in its message.
+// Refused is Mistake for a write.
 func (v *Vault) Refused(path string, data map[string]any, want ...string) {
 	v.tb.Helper()
-	resp, err := v.Write(path, data)
+	v.Mistake("update "+path, data, want...)
+}
+
+// Mistake makes a request like Request, which must be the caller's mistake (a 400 over HTTP),
+// with every text of want in its message, and one line of the log at debug level: nobody may
+// fill Vault's log with mistakes.
+func (v *Vault) Mistake(text string, data map[string]any, want ...string) {
+	v.tb.Helper()
+	before := len(v.Log.String())
+	resp, err := v.Request(text, data)
 	v.Refusal(resp, err, want...)
+	if got := v.Log.String()[before:]; strings.Count(got, "\n") != 1 || !strings.Contains(got, "[DEBUG]") {
+		v.tb.Errorf("%s %v: got log %q, want one line at debug level", text, data, got)
+	}
 }
 
 // Refusal fails the test unless an answer is a caller's mistake whose message has every text of

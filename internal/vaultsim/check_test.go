@@ -57,6 +57,9 @@ func newChecked(t *testing.T, metrics *string) (*Vault, *recorder) {
 			case "broken":
 				return nil, errors.New("an inner error")
 			default:
+				if n != "silent" {
+					config.Logger.Debug("refused")
+				}
 				return logical.ErrorResponse("n can't be %v", n), nil
 			}
 		}
@@ -96,6 +99,8 @@ func TestChecks(t *testing.T) {
 		{func() { v.Refused("strict", good) }, "want an error response"},
 		{func() { v.Refused("strict", map[string]any{"n": "broken"}) }, "want an error response"},
 		{func() { v.Refused("strict", map[string]any{"n": "sk-x"}) }, "an error shows a secret"},
+		{func() { v.Refused("strict", map[string]any{"n": "silent"}) }, `got log "", want one line`},
+		{func() { v.Mistake("update strict", bad, "bad") }, ""},
 		{func() { v.Fails("it", errors.New("a b"), "a", "b") }, ""},
 		{func() { v.Fails("it", nil) }, "it: got <nil>"},
 		{func() { v.NoError(nil) }, ""},
