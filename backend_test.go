@@ -32,7 +32,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -169,23 +168,8 @@ func (e *env) callsFail(method string, f fault) {
 	e.sim.Inject(f)
 }
 
-// failing makes calls be answered with status from now on.
-func (e *env) failing(method, path string, status int) {
-	e.sim.Inject(fault{Method: method, Path: path, Status: status, Times: -1})
-}
-
 // metric reads a metric that has no labels.
 func (e *env) metric(name string) any { return e.Get("metrics").Data[metricPrefix+name] }
-
-// with returns a copy of data with another value of a field; without one, the copy lacks it.
-func with(data fields, field string, value ...any) fields {
-	c := maps.Clone(data)
-	delete(c, field)
-	for _, v := range value {
-		c[field] = v
-	}
-	return c
-}
 
 // leftovers tells how many revocations and how many replaced admin keys are pending.
 func (e *env) leftovers() string {
@@ -264,53 +248,23 @@ func FuzzParseName(f *testing.F) {
 	})
 }
 
-// checkFields checks that each field is described, and that secrets and only they are marked.
-func checkFields(t *testing.T, where string, fields fieldMap) {
-	t.Helper()
-	for name, field := range fields {
-		marked := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive
-		if field.Description == "" || marked != slices.Contains([]string{"admin_api_key", "client_key", "api_key"}, name) {
-			t.Errorf("%s, field %s: described as %q, marked as a secret: %v", where, name, field.Description, marked)
-		}
-	}
-}
-
 // TestPathTable walks over the paths: what Vault's help and OpenAPI document need is there. What writes is forwarded to
 // where storage can be written, and what is about a cluster's own leases to its active node.
 func TestPathTable(t *testing.T) {
 	b := newBackend(nil, "")
 	same(t, "help of the engine is missing", b.Help == "", false)
-	var got []string
-	for _, path := range b.Paths {
-		if path.HelpSynopsis == "" || path.HelpDescription == "" || path.DisplayAttrs.OperationPrefix != "openai" {
-			t.Errorf("%s: lacks a help or an operation prefix", path.Pattern)
-		}
-		_, creates := path.Operations[logical.CreateOperation]
-		same(t, path.Pattern+": existence check", path.ExistenceCheck != nil, creates)
-		checkFields(t, path.Pattern, path.Fields)
-		for op, handler := range path.Operations {
-			where, p := path.Pattern+" "+string(op), handler.Properties()
-			got = append(got, strings.Replace(where, framework.GenericNameRegex("name"), "NAME", 1))
-			if handler.Handler() == nil || p.Summary == "" || p.DisplayAttrs.OperationVerb == "" || len(p.Responses) != 1 {
-				t.Errorf("%s: lacks a callback, a summary, a verb or a response", where)
-			}
-			for status, responses := range p.Responses {
-				checkFields(t, where, responses[0].Fields)
-				failIf(t, responses[0].Description == "" || (status == http.StatusOK) != (len(responses[0].Fields) > 0),
-					"%s: response %d is %+v", where, status, responses[0])
-			}
-			own := strings.HasPrefix(where, "creds/") || path.Pattern == "tidy"
-			writes := !own && op != logical.ReadOperation && op != logical.ListOperation
-			same(t, where+": forwarded by standby and secondary",
-				fmt.Sprint(p.ForwardPerformanceStandby, p.ForwardPerformanceSecondary), fmt.Sprint(writes || own, writes))
-		}
-	}
-	checkFields(t, secretType, b.Secrets[0].Fields)
-	slices.Sort(got)
+	got := vaultsim.CheckPaths(t, b.Backend, "openai", "admin_api_key", "client_key", "api_key")
 	same(t, "operations", strings.Join(got, ", "), "config create, config delete, config read, config update, "+
 		"config/rotate update, creds/NAME read, creds/NAME update, metrics read, roles/?$ list, roles/NAME create, "+
-		"roles/NAME delete, "+
-		"roles/NAME read, roles/NAME update, tidy read, tidy update")
+		"roles/NAME delete, roles/NAME read, roles/NAME update, tidy read, tidy update")
+	for _, path := range b.Paths {
+		for op, handler := range path.Operations {
+			own := strings.HasPrefix(path.Pattern, "creds/") || path.Pattern == "tidy"
+			writes, p := !own && op != logical.ReadOperation && op != logical.ListOperation, handler.Properties()
+			same(t, fmt.Sprint(path.Pattern, " ", op, ": forwarded by standby and secondary"),
+				[]bool{p.ForwardPerformanceStandby, p.ForwardPerformanceSecondary}, []bool{writes || own, writes})
+		}
+	}
 }
 
 // TestAnswers checks real answers against the schema that Vault's OpenAPI document shows.
@@ -344,25 +298,6 @@ func TestEmptyBoolean(t *testing.T) {
 		resp, err := e.Write(path, fields{field: ""})
 		e.Refusal(resp, err, field+" does not take this value")
 	}
-}
-
-// outcome makes a request on the state of a snapshot and tells all that comes of it: answer, calls to OpenAI, storage.
-func (e *env) outcome(s *vaultsim.Snapshot, request string, data fields) string {
-	e.Restore(s)
-	e.Wire.Sent()
-	resp, err := e.Request(request, data)
-	text := fmt.Sprintf("error %v, %d calls", vaultsim.Failure(resp, err), len(e.Wire.Sent()))
-	if resp != nil && resp.Secret != nil {
-		return text + " ttl " + resp.Secret.TTL.String()
-	} else if resp != nil {
-		text += fmt.Sprint(resp.Data)
-	}
-	for _, key := range []string{"config", "roles/new"} {
-		if entry, err := e.Storage.Get(context.Background(), key); err == nil && entry != nil {
-			text += "\n" + string(entry.Value)
-		}
-	}
-	return text
 }
 
 // TestFields: on each path, for each field of the path table, null is the same as a request without the field, on a
@@ -403,20 +338,20 @@ func TestFields(t *testing.T) {
 				seen[head+field] = true
 				same := func(what string, s *vaultsim.Snapshot, data, as fields) {
 					t.Helper()
-					got, want := e.outcome(s, request, data), e.outcome(s, request, as)
+					got, want := e.Outcome(s, request, data), e.Outcome(s, request, as)
 					failIf(t, got != want, "%s with %s %s: got %s, want %s", tt.path, field, what, got, want)
 				}
-				same("null, new", fresh, with(tt.data, field, nil), with(tt.data, field))
+				same("null, new", fresh, vaultsim.With(tt.data, field, nil), vaultsim.With(tt.data, field))
 				same("null, stored", stored, fields{field: nil}, fields{})
 				if !trimmed.MatchString(field) {
 					continue
 				}
 				v := value.(string)
 				for _, spaced := range []string{v + "\n", v + "\r\n", " \t" + v + " "} {
-					same("in white space", fresh, with(tt.data, field, spaced), tt.data)
+					same("in white space", fresh, vaultsim.With(tt.data, field, spaced), tt.data)
 				}
-				e.Refused(tt.path, with(tt.data, field, v[:4]+" "+v[4:]), field)
-				e.Refused(tt.path, with(tt.data, field, v[:4]+"\n"+v[4:]), field)
+				e.Refused(tt.path, vaultsim.With(tt.data, field, v[:4]+" "+v[4:]), field)
+				e.Refused(tt.path, vaultsim.With(tt.data, field, v[:4]+"\n"+v[4:]), field)
 			}
 			e.Restore(fresh)
 			e.configure(nil)
@@ -447,8 +382,8 @@ func TestStorageFaults(t *testing.T) {
 			e.Unchanged("fault", func() {
 				e.Storage.Fail(part[2], part[3])
 				resp, err := e.Request(part[0]+" "+part[1], data[part[1]])
-				failIf(t, err == nil || resp != nil || !strings.Contains(err.Error(), "injected failure"),
-					"got %v and error %v, want the storage's error", resp, err)
+				e.Fails(test, err, "injected failure")
+				same(t, "answer", resp, "<nil>")
 			})
 			same(t, "admin keys", len(e.sim.AdminKeys()), 1)
 			e.have(0, 0, "after the fault")
@@ -726,7 +661,7 @@ func TestConfigJob(t *testing.T) {
 			before := e.System.Jobs()
 			e.Storage.Fail(verb, "config")
 			_, err := e.Request(request, data)
-			failIf(t, err == nil, "%s with a storage fault: got no error", request)
+			e.Fails(request, err, "injected failure")
 			same(t, "jobs", e.System.Jobs(), before)
 		})
 	}
@@ -790,8 +725,8 @@ func TestConfigFirstKeyAgain(t *testing.T) {
 			data fields
 			want bool
 		}{
-			{fields{"admin_key_ttl": 0}, false}, {with(first, "verify_connection", false), true},
-			{with(first, "verify_connection", false), false}, {fields{"admin_api_key": other, "admin_api_key_id": otherID}, false},
+			{fields{"admin_key_ttl": 0}, false}, {vaultsim.With(first, "verify_connection", false), true},
+			{vaultsim.With(first, "verify_connection", false), false}, {fields{"admin_api_key": other, "admin_api_key_id": otherID}, false},
 		} {
 			resp := e.OK("config", tt.data)
 			got := resp != nil && strings.Contains(fmt.Sprint(resp.Warnings), rotated)
@@ -944,14 +879,12 @@ func TestRoleWrittenMeanwhile(t *testing.T) {
 			if tt.before != nil {
 				e.OK("roles/new", tt.before)
 			}
-			e.Wire.SetFault(func(_ *http.Request, send vaultsim.Send) (*http.Response, error) {
-				e.Wire.SetFault(nil)
-				if tt.meanwhile == nil {
+			e.Wire.BeforeEach(func(n int, _ *http.Request) {
+				if n == 1 && tt.meanwhile == nil {
 					e.Must("delete roles/new", nil)
-				} else {
+				} else if n == 1 {
 					e.OK("roles/new", tt.meanwhile)
 				}
-				return send()
 			})
 			if tt.want == "" {
 				resp, err := e.Write("roles/new", tt.write)
@@ -1231,8 +1164,7 @@ func (e *env) checkCredential(l *vaultsim.Lease, role map[string]any) *strings.R
 			"organization_id": "org-sim", "scopes": k.Scopes, "expires_at": text,
 		}},
 	} {
-		got, want := fmt.Sprint(values[0]), fmt.Sprint(values[1])
-		failIf(e.t, got != want, "%s: got %s, want %s", what, got, want)
+		same(e.t, what, values[0], values[1])
 	}
 	const project = "/organization/projects/proj_sim/"
 	return strings.NewReplacer(project+"service_accounts", "ACCOUNTS", project+"api_keys", "KEYS",
@@ -1251,8 +1183,7 @@ func TestCredsStorage(t *testing.T) {
 			for i := range leases {
 				e.NoError(do(i))
 			}
-			got := e.Storage.Counts()
-			failIf(t, !maps.Equal(got, want), "storage operations for %d: got %v, want %v", n, got, want)
+			same(t, "storage operations", e.Storage.Counts(), want)
 		}
 		gets := map[string]int{"get": n}
 		count(gets, func(i int) (err error) { leases[i], err = e.Issue("creds/r", nil); return err })
@@ -1404,8 +1335,7 @@ func TestCredsFaults(t *testing.T) {
 				e.Restart() // so that config is read
 				restricted := func() {
 					for _, key := range e.sim.ProjectKeys(ours) {
-						got := strings.Join(key.Scopes, ",")
-						failIf(t, got != k.scopes, "a key has the scopes %q, want %q", got, k.scopes)
+						same(t, "scopes of a key", strings.Join(key.Scopes, ","), k.scopes)
 					}
 				}
 				var l *vaultsim.Lease
@@ -1431,8 +1361,7 @@ func TestCredsFaults(t *testing.T) {
 					e.Run(4 * time.Minute)
 				}
 				k.have(e, 0, "later")
-				got := fmt.Sprint(e.Storage.Keys(""))
-				failIf(t, got != "[config roles/]", "storage: got %s, want config and roles only", got)
+				same(t, "storage", e.Storage.Keys(""), "[config roles/]")
 				return reached
 			})
 		})
@@ -1640,8 +1569,7 @@ func TestCredsPastEnd(t *testing.T) {
 			} else {
 				e.NoError(err)
 			}
-			sent := e.Wire.Sent()
-			failIf(t, len(sent) != tt.calls, "%+v: got requests %q", tt, sent)
+			same(t, fmt.Sprintf("requests: %+v", tt), len(e.Wire.Sent()), tt.calls)
 		}
 	})
 }
@@ -1845,8 +1773,7 @@ func TestCredsOrganizationChanges(t *testing.T) {
 			e.Wire.Sent()
 			_, err := e.Issue("creds/web", nil)
 			e.Fails("creds", err, openaisim.DefaultOrganization)
-			sent := e.Wire.Sent()
-			failIf(t, len(sent) != 1, "requests: got %q, want none after the change", sent)
+			same(t, "requests up to the change", len(e.Wire.Sent()), 1)
 			e.have(made, 0, "while config has the other organization")
 			e.remembers(0, made, "while config has the other organization")
 			e.configure(nil)
@@ -1866,12 +1793,10 @@ func TestCredsDuringRotation(t *testing.T) {
 		during := func(call int, do func() error) {
 			t.Helper()
 			e.sim.ResetCalls()
-			n := 0
-			e.Wire.SetFault(func(_ *http.Request, send vaultsim.Send) (*http.Response, error) {
-				if n++; n == call { // the rotation's calls come after
+			e.Wire.BeforeEach(func(n int, _ *http.Request) {
+				if n == call { // the rotation's calls come after
 					e.OK("config/rotate", nil)
 				}
-				return send()
 			})
 			err := do()
 			refused := slices.DeleteFunc(e.sim.Calls(), func(c openaisim.Call) bool { return c.Status == 200 })
@@ -1903,8 +1828,7 @@ func TestCredsOlderPlugin(t *testing.T) {
 		e.Storage.Set("roles/web", `{"project_id":"proj_sim","ttl":7200000000000,"max_ttl":14400000000000,`+
 			`"service_account_name_template":"{{.RoleName}}-{{.RandomSuffix}}","service_account_description":"Made"}`)
 		l := e.lease("web")
-		got := fmt.Sprint(l.Expires.Sub(l.Issued), l.MaxTTL)
-		failIf(t, got != "2h0m0s 4h0m0s", "lease: got ttl and max_ttl %s", got)
+		same(t, "ttl and max_ttl", fmt.Sprint(l.Expires.Sub(l.Issued), l.MaxTTL), "2h0m0s 4h0m0s")
 		ids := func(project, key, account any) map[string]any {
 			return fields{"secret_type": "openai_api_key", // as it stands in Vault's storage
 				"project_id": project, "api_key_id": key, "service_account_id": account}
@@ -1945,8 +1869,7 @@ func TestCredsGone(t *testing.T) {
 			}
 			e.replacedKey(true)
 			e.Run(2 * time.Minute)
-			got := e.leftovers()
-			failIf(t, got != "0 0", "%d, typed %v: got %s left, want 0 0", status, i < 4, got)
+			same(t, fmt.Sprintf("left with %d, typed %v", status, i < 4), e.leftovers(), "0 0")
 		})
 	}
 }
@@ -2151,7 +2074,7 @@ func TestClientTLS(t *testing.T) {
 		"client_key":         {"no PEM", "", otherKey, certificate, lines[0] + lines[2], []any{fields{"x": key}}},
 	} {
 		for _, value := range values {
-			resp, err := e.Write("config", with(good, field, value))
+			resp, err := e.Write("config", vaultsim.With(good, field, value))
 			e.Refusal(resp, err, field)
 			if shown += fmt.Sprint(vaultsim.Failure(resp, err)); len(e.Storage.Keys("config")) > 0 {
 				t.Fatalf("%s %.10q: stored", field, value)
@@ -2204,14 +2127,13 @@ func TestClientNothingSent(t *testing.T) {
 			ca = map[bool]string{true: stranger, false: ca}[want == "unknown authority"]
 			e.configure(fields{"api_endpoint": address, "ca_certificate": ca, "verify_connection": false})
 			_, err := e.Issue("creds/web", nil)
-			failIf(t, err == nil || !strings.Contains(err.Error(), want), "got error %v, want %q in it", err, want)
+			e.Fails("creds", err, want)
 			count := fmt.Sprint(maxAttempts, " attempts, 0 lost")
 			if want == "no answer" { // it was cut off
 				count = "1 attempts, 1 lost"
 			}
 			name := seriesName("api_requests_total", "operation", "create_service_account", "status", "error")
-			got := fmt.Sprint(e.b().metrics.series[name], " attempts, ", len(e.b().lost), " lost")
-			failIf(t, got != count, "got %s, want %s", got, count)
+			same(t, "calls", fmt.Sprint(e.b().metrics.series[name], " attempts, ", len(e.b().lost), " lost"), count)
 		})
 	}
 	// A TLS 1.3 server refuses our certificate when the call is on its way.
@@ -2260,8 +2182,7 @@ func TestClientPermission(t *testing.T) {
 		e.configure(nil) // passes
 		refused("creds/web")
 		refused("config/rotate")
-		got := len(e.config().Creating) + len(e.b().lost)
-		failIf(t, got != 0, "got %d to look for, want none", got)
+		same(t, "to look for", len(e.config().Creating)+len(e.b().lost), 0)
 	})
 }
 
@@ -2395,8 +2316,7 @@ func TestClientLaneFull(t *testing.T) {
 		limit()
 		leases, _, errs := e.IssueTogether(60, "creds/web")
 		for _, err := range errs {
-			failIf(t, !strings.Contains(strings.ToLower(err.Error()), "rate limit"),
-				"got error %v, want it to name the rate limit", err)
+			e.Fails("creds", err, "ate limit")
 		}
 		if got := len(leases); got < 13 || got+len(errs) != 60 || len(e.b().lost) > 0 {
 			t.Errorf("got %d leases, %d errors and %d lost creates, want at least 13 and 0", got, len(errs), len(e.b().lost))
@@ -2571,15 +2491,10 @@ func (e *env) loseKey() string {
 	e.t.Helper()
 	e.failCreate(fault{Kind: "close", Process: true})
 	names := e.rotateFails("")
-	if len(names) == 0 || !e.hasKey(names[len(names)-1]) {
+	if len(names) == 0 || !e.sim.HasAdminKey(names[len(names)-1]) {
 		e.t.Fatalf("a key whose creation was lost: got creating %v and keys %v", names, e.sim.AdminKeys())
 	}
 	return names[len(names)-1]
-}
-
-// hasKey tells whether OpenAI has a live admin key of this name.
-func (e *env) hasKey(name string) bool {
-	return slices.ContainsFunc(e.sim.AdminKeys(), func(k openaisim.AdminKey) bool { return k.Name == name })
 }
 
 // TestRotateFaults: whatever a rotation meets at whatever step, config holds a working key at any moment. A few minutes
@@ -2679,9 +2594,9 @@ func TestRotateLate(t *testing.T) {
 		e.expectShown("creating", names)
 		same(t, "keys before", len(e.sim.AdminKeys()), 2)
 		time.Sleep(time.Second)
-		same(t, "late key made", e.hasKey(names[0]), true)
+		same(t, "late key made", e.sim.HasAdminKey(names[0]), true)
 		e.Run(75 * time.Minute)
-		same(t, "late key still there", e.hasKey(names[0]), false)
+		same(t, "late key still there", e.sim.HasAdminKey(names[0]), false)
 		same(t, "keys after", len(e.sim.AdminKeys()), 2)
 		e.expectShown("creating", "[]")
 	})
@@ -2801,7 +2716,7 @@ func TestRotatePending(t *testing.T) {
 	cases := map[string]int{"refused": 403, "gone": 404, "limited": 429, "failed": 500, "used again": 400}
 	inBubbles(t, cases, func(t *testing.T, e *env, status int) {
 		want := []string{e.config().AdminAPIKeyID}
-		e.failing("DELETE", "admin_api_keys", status)
+		e.sim.Fail("DELETE", "admin_api_keys", status)
 		resp := e.OK("config/rotate", nil)
 		if status == 404 {
 			want = []string{}
@@ -2903,13 +2818,13 @@ func TestRotateRetry(t *testing.T) {
 		}
 		e.OK("config", fields{"rotation_period": "1h"})
 		time.Sleep(time.Hour - time.Minute)
-		e.failing("POST", "/admin_api_keys$", 500)
+		e.sim.Fail("POST", "/admin_api_keys$", 500)
 		attempts(250, 0, 1, 3, 7, 15, 31, 63, 123, 183, 243)
 		e.OK("config", fields{"rotation_period": "30m"})
 		attempts(1, 0)
 		e.sim.ClearFaults()
 		attempts(31, 0, 30)
-		e.failing("POST", "/admin_api_keys$", 403)
+		e.sim.Fail("POST", "/admin_api_keys$", 403)
 		attempts(31, 29, 30)
 	})
 }
@@ -2932,7 +2847,7 @@ func TestRotateReplication(t *testing.T) {
 		e.System.ReplicationStateVal, e.System.LocalMountVal = tt.state, tt.local
 		e.Run(3 * time.Hour)
 		same(t, "rotated", e.config().AdminAPIKeyID != first, tt.rotates)
-		same(t, "lost key there", e.hasKey(name), !tt.rotates)
+		same(t, "lost key there", e.sim.HasAdminKey(name), !tt.rotates)
 		same(t, "rotation by Vault works", vaultsim.Failure(e.Do(logical.RotationOperation, "config", nil)) == nil, tt.rotates)
 	})
 }
@@ -2957,7 +2872,7 @@ func TestRotateTakenOver(t *testing.T) {
 		e.Must("rotate config", nil)
 		same(t, "Vault has rotated", e.config().AdminAPIKeyID != id, true)
 		e.oneKey("in the end")
-		e.failing("POST", "", 403)
+		e.sim.Fail("POST", "", 403)
 		e.Fails("Vault's rotation", vaultsim.Failure(e.Do(logical.RotationOperation, "config", nil)), "403")
 	})
 }
@@ -3082,14 +2997,14 @@ var tidyFaults = []tidyFault{
 	}},
 	{name: "revocation handed over", meet: func(e *env, _ *vaultsim.Snapshot) {
 		e.lease("web")
-		e.failing("DELETE", "projects", 403)
+		e.sim.Fail("DELETE", "projects", 403)
 		e.Run(2 * time.Hour) // it ends in the middle
 		e.sim.ClearFaults()
 		same(e.t, "handed over, and leases", fmt.Sprint(e.metric("revocations_handed_over_total"), len(e.Leases())), "1 0")
 	}},
 	{name: "mount disabled in trouble", meet: func(e *env, _ *vaultsim.Snapshot) {
 		e.lease("web")
-		e.failing("DELETE", "projects", 403)
+		e.sim.Fail("DELETE", "projects", 403)
 		tag := e.b().mountID
 		e.ForceDisable()
 		e.sim.ClearFaults()
@@ -3184,11 +3099,10 @@ func newWorld(t *testing.T, seed uint64) *world {
 	w.edit("scoped", fields{"scopes": "api.responses.write", "service_account_name_template": "{{.DisplayName}}"})
 	w.edit("key", fields{"project_id": "proj_b",
 		"service_account_id": w.sim.AddServiceAccount("proj_b", "shared", "member")})
-	w.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
+	w.Wire.BeforeEach(func(_ int, req *http.Request) {
 		if req.Method == "DELETE" {
 			w.judge(path.Base(req.URL.Path))
 		}
-		return send()
 	})
 	return w
 }
@@ -3265,7 +3179,7 @@ func (w *world) change(revoke bool) {
 	w.mu.Unlock()
 	if revoke {
 		if w.r.IntN(3) == 0 {
-			w.failing("DELETE", "", 403)
+			w.sim.Fail("DELETE", "", 403)
 		}
 		_ = w.Revoke(l)
 		w.sim.ClearFaults()
@@ -3465,7 +3379,7 @@ func TestTidyOtherMount(t *testing.T) {
 
 // TestTidyTrouble: a pass goes on after what it can't do, and says what that was.
 func TestTidyTrouble(t *testing.T) {
-	refusal := func(method, path string) func(e *env) { return func(e *env) { e.failing(method, path, 403) } }
+	refusal := func(method, path string) func(e *env) { return func(e *env) { e.sim.Fail(method, path, 403) } }
 	unread := func(key string) func(e *env) { return func(e *env) { e.Storage.Fail("list", key) } }
 	type trouble struct {
 		inject                    func(e *env)
@@ -3531,11 +3445,10 @@ func TestTidySpares(t *testing.T) {
 			e.tidy(nil, fields{"found": 1, "deleted": 1})
 		},
 		"named after the listing": func(e *env, ids []string, name func(id string)) {
-			e.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
+			e.Wire.BeforeEach(func(_ int, req *http.Request) {
 				if req.Method == http.MethodDelete {
 					name(ids[1]) // while the one before it is deleted
 				}
-				return send()
 			})
 			e.tidy(nil, fields{"found": 2, "deleted": 1, "failed": 0})
 			same(t, "the named account is there", e.sim.Names(ours)[ids[1]] != "", true)
@@ -3597,7 +3510,7 @@ func TestTidySchedule(t *testing.T) {
 		at(61*time.Second, 1, "after three minutes")
 		at(58*time.Minute, 1, "within the hour")
 		at(2*time.Minute, 2, "after the hour")
-		e.failing("GET", "service_accounts$", 403)
+		e.sim.Fail("GET", "service_accounts$", 403)
 		at(time.Hour, 3, "after an hour more")
 		at(8*time.Minute, 3, "soon after one that failed")
 		at(3*time.Minute, 4, "ten minutes after one that failed")
@@ -3724,7 +3637,7 @@ func TestTidyLongList(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		e.crowd(6200)
 		e.loses()
-		e.failing("DELETE", "projects", 403)
+		e.sim.Fail("DELETE", "projects", 403)
 		e.Fails("revocation", e.Revoke(e.lease("web")), "403")
 		e.sim.ClearFaults()
 		e.have(6202, 2, "at first")
@@ -3748,7 +3661,7 @@ func TestTidyAndRotation(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		e.configure(fields{"rotation_period": "1h"})
 		l := e.lease("web")
-		e.failing("DELETE", "", 403)
+		e.sim.Fail("DELETE", "", 403)
 		e.OK("config/rotate", nil)
 		e.Fails("revocation", e.Revoke(l), "403")
 		e.sim.ClearFaults()
@@ -3784,7 +3697,7 @@ func TestReport(t *testing.T) {
 		e.OK("config/rotate", nil)
 		resp, err := e.Do(logical.ReadOperation, "creds/web", fields{"ttl": 0})
 		e.Refusal(resp, err, "ttl")
-		e.failing("", "", 401)
+		e.sim.Fail("", "", 401)
 		_, err = e.Issue("creds/web", nil)
 		e.Fails("all", errors.Join(err, e.Renew(other, 0), e.Revoke(other)), "401")
 		e.rotateFails("401") // and reads config, which tells nothing

@@ -80,6 +80,12 @@ func (s *Server) Inject(f Fault) {
 	}
 }
 
+// Fail answers all calls of a method, empty: any, whose path matches a regular expression, with
+// this status from now on.
+func (s *Server) Fail(method, path string, status int) {
+	s.Inject(Fault{Method: method, Path: path, Status: status, Times: -1})
+}
+
 func (s *Server) inject(f Fault) (err error) {
 	if f.path, err = regexp.Compile(f.Path); err != nil {
 		return err

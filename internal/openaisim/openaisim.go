@@ -232,6 +232,11 @@ func (s *Server) adminKeys() []AdminKey {
 	return list
 }
 
+// HasAdminKey tells whether there is a live admin key of this name.
+func (s *Server) HasAdminKey(name string) bool {
+	return slices.ContainsFunc(s.AdminKeys(), func(k AdminKey) bool { return k.Name == name })
+}
+
 // ServiceAccounts returns the service accounts of a project. It panics when there is no
 // such project.
 func (s *Server) ServiceAccounts(project string) []ServiceAccount {

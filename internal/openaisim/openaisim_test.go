@@ -285,6 +285,12 @@ func TestDirectly(t *testing.T) {
 	got := []int{s.CountCalls("", "/projects/"), s.CountCalls("DELETE", ""), s.CountCalls("GET", "", 404, 429),
 		s.CountCalls("", "", 200, 404), s.CountCalls("", "admin_api_keys")}
 	same(t, "calls", got, []int{2, 1, 0, 2, 0})
+	s.Fail("GET", "admin_api_keys$", 403)
+	for range 2 {
+		refused(t, s, "GET", adminPath, "", 403, "")
+	}
+	s.AddAdminKey("there")
+	same(t, "admin keys", []bool{s.HasAdminKey("there"), s.HasAdminKey("here")}, []bool{true, false})
 	for text, want := range map[string]bool{"sk-***": false, "sk-admin-x": true, "sk-*** sk-x": true, "": false} {
 		same(t, text, ShowsKey(text), want)
 	}

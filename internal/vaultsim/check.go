@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"net/http"
 	"regexp"
 	"slices"
 	"strconv"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -169,6 +171,77 @@ func (v *Vault) RefusesAll(path string, valid map[string]any, tests []Bad) {
 			v.Unchanged(tt, func() { v.Refused(path, map[string]any{tt.Field: tt.Value}, tt.Field, tt.Want) })
 		}
 	}
+}
+
+// Outcome makes a request like Request on the state of a snapshot, and tells all that comes of
+// it: error, number of requests over the wire, the secret's TTL if there is one, otherwise the
+// answer's data, and what is stored.
+func (v *Vault) Outcome(s *Snapshot, text string, data map[string]any) string {
+	v.Restore(s)
+	v.Wire.Sent()
+	resp, err := v.Request(text, data)
+	outcome := fmt.Sprintf("error %v, %d requests", Failure(resp, err), len(v.Wire.Sent()))
+	switch {
+	case resp != nil && resp.Secret != nil:
+		outcome += fmt.Sprint(", ttl ", resp.Secret.TTL)
+	case resp != nil:
+		outcome += fmt.Sprint(", data ", resp.Data)
+	}
+	return outcome + fmt.Sprint(", storage ", v.Storage.All())
+}
+
+// With returns a copy of data with another value of a field; without one, the copy lacks it.
+func With(data map[string]any, field string, value ...any) map[string]any {
+	c := maps.Clone(data)
+	delete(c, field)
+	for _, v := range value {
+		c[field] = v
+	}
+	return c
+}
+
+// CheckPaths fails the test unless each path of a backend has what Vault's help and OpenAPI
+// document need: help, the operation prefix, and for each operation a callback, a summary, a
+// verb and a response, described, and with fields only if its status is 200. A path has an
+// existence check if and only if it has a create operation. Each field is described, also the
+// leases', and those in secrets and no others are marked as sensitive. It returns the operations
+// in order, as "config read" or "roles/NAME list".
+func CheckPaths(tb testing.TB, b *framework.Backend, prefix string, secrets ...string) (operations []string) {
+	tb.Helper()
+	fields := func(where string, fields map[string]*framework.FieldSchema) {
+		for name, field := range fields {
+			marked := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive
+			if field.Description == "" || marked != slices.Contains(secrets, name) {
+				tb.Errorf("%s, field %s: described as %q, marked as a secret: %v", where, name, field.Description, marked)
+			}
+		}
+	}
+	for _, path := range b.Paths {
+		if path.HelpSynopsis == "" || path.HelpDescription == "" || path.DisplayAttrs.OperationPrefix != prefix {
+			tb.Errorf("%s: lacks a help or an operation prefix", path.Pattern)
+		}
+		_, creates := path.Operations[logical.CreateOperation]
+		Same(tb, path.Pattern+": existence check", path.ExistenceCheck != nil, creates)
+		fields(path.Pattern, path.Fields)
+		for op, handler := range path.Operations {
+			where, p := path.Pattern+" "+string(op), handler.Properties()
+			operations = append(operations, strings.Replace(where, framework.GenericNameRegex("name"), "NAME", 1))
+			if handler.Handler() == nil || p.Summary == "" || p.DisplayAttrs.OperationVerb == "" || len(p.Responses) != 1 {
+				tb.Errorf("%s: lacks a callback, a summary, a verb or a response", where)
+			}
+			for status, responses := range p.Responses {
+				fields(where, responses[0].Fields)
+				if responses[0].Description == "" || (status == http.StatusOK) != (len(responses[0].Fields) > 0) {
+					tb.Errorf("%s: response %d is %+v", where, status, responses[0])
+				}
+			}
+		}
+	}
+	for _, secret := range b.Secrets {
+		fields(secret.Type, secret.Fields)
+	}
+	slices.Sort(operations)
+	return operations
 }
 
 // MustIssue reads a credential, which must succeed.

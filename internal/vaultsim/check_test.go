@@ -126,7 +126,8 @@ func TestChecks(t *testing.T) {
 
 // TestRefusesAll: a bad value that is accepted is found, alone or in the place of the valid one.
 func TestRefusesAll(t *testing.T) {
-	for value, want := range map[any]string{"bad": "", "x": "", "good": "want an error response", nil: "want an error response"} {
+	const accepted = "want an error response"
+	for value, want := range map[any]string{"bad": "", "x": "", "good": accepted, nil: accepted} {
 		v, r := newChecked(t, nil)
 		got := r.of(func() { v.RefusesAll("strict", map[string]any{"n": "good"}, Bads("n", "can't be", value)) })
 		if !strings.Contains(got, want) || want == "" && got != "" {
@@ -161,6 +162,66 @@ func TestScrape(t *testing.T) {
 		}
 		if want == "" && strings.Contains(text, "c\"} 2.5") {
 			Same(t, "values", values, "map[my_x_total:1 my_x_total{a=\"b c\"}:2.5]")
+		}
+	}
+}
+
+// TestOutcome: two requests with the same outcome are told from one that differs in one thing.
+func TestOutcome(t *testing.T) {
+	v, _ := newChecked(t, nil)
+	s, good := v.Snapshot(), map[string]any{"n": "good"}
+	want := v.Outcome(s, "update strict", good)
+	check(t, "outcome", want, "error <nil>, 0 requests, data map[], storage map[strict:good]")
+	check(t, "outcome of another request", v.Outcome(s, "update strict", With(good, "n")), want)
+	bad := v.Outcome(s, "update strict", With(good, "n", "bad"))
+	check(t, "outcome of a refusal", bad, "error n can't be bad, 0 requests, data map[error:n can't be bad], storage map[]")
+	Same(t, "the original", good, "map[n:good]")
+}
+
+// TestCheckPaths: a path without any of what Vault's documents need is found.
+func TestCheckPaths(t *testing.T) {
+	newPath := func() *framework.Path {
+		handler := func(context.Context, *logical.Request, *framework.FieldData) (*logical.Response, error) {
+			return nil, nil
+		}
+		field := map[string]*framework.FieldSchema{"name": {Description: "N."}, "key": {
+			Description: "K.", DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
+		}}
+		return &framework.Path{
+			Pattern: "x/" + framework.GenericNameRegex("name"), HelpSynopsis: "S.", HelpDescription: "D.", Fields: field,
+			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "my"},
+			Operations: map[logical.Operation]framework.OperationHandler{"read": &framework.PathOperation{
+				Callback: handler, Summary: "S.", DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read"},
+				Responses: map[int][]framework.Response{200: {{Description: "OK", Fields: field}}},
+			}},
+		}
+	}
+	operation := func(p *framework.Path) *framework.PathOperation {
+		return p.Operations["read"].(*framework.PathOperation)
+	}
+	for want, spoil := range map[string]func(p *framework.Path){
+		"":                 func(*framework.Path) {},
+		"lacks a help":     func(p *framework.Path) { p.HelpDescription = "" },
+		"operation prefix": func(p *framework.Path) { p.DisplayAttrs.OperationPrefix = "other" },
+		"existence check": func(p *framework.Path) {
+			p.ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { return true, nil }
+		},
+		"described as \"\"":  func(p *framework.Path) { p.Fields["name"].Description = "" },
+		"as a secret: false": func(p *framework.Path) { p.Fields["key"].DisplayAttrs = nil },
+		"a callback":         func(p *framework.Path) { operation(p).Callback = nil },
+		"a summary":          func(p *framework.Path) { operation(p).Summary = "" },
+		"a verb":             func(p *framework.Path) { operation(p).DisplayAttrs.OperationVerb = "" },
+		"or a response":      func(p *framework.Path) { operation(p).Responses = nil },
+		"response 200 is":    func(p *framework.Path) { operation(p).Responses[200][0].Fields = nil },
+	} {
+		path, r := newPath(), &recorder{TB: t}
+		spoil(path)
+		got := r.of(func() {
+			operations := CheckPaths(r, &framework.Backend{Paths: []*framework.Path{path}}, "my", "key")
+			Same(t, "operations", operations, "[x/NAME read]")
+		})
+		if !strings.Contains(got, want) || want == "" && got != "" {
+			t.Errorf("got %q, want %q", got, want)
 		}
 	}
 }

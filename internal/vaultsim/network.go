@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,14 +70,25 @@ func (w *Wire) SetFault(f func(req *http.Request, send Send) (*http.Response, er
 }
 
 // AfterCall is a fault that calls do once, before the answer to the nth request from now on,
-// counted from 1, arrives. Requests that come at once are not told apart.
+// counted from 1, arrives.
 func (w *Wire) AfterCall(n int, do func()) {
+	var answers atomic.Int64
 	w.SetFault(func(_ *http.Request, send Send) (*http.Response, error) {
 		resp, err := send()
-		if n--; n == 0 {
+		if answers.Add(1) == int64(n) {
 			do()
 		}
 		return resp, err
+	})
+}
+
+// BeforeEach is a fault that calls do before each request is sent, with its number from now on,
+// counted from 1. The requests that do makes are counted too.
+func (w *Wire) BeforeEach(do func(n int, req *http.Request)) {
+	var n atomic.Int64
+	w.SetFault(func(req *http.Request, send Send) (*http.Response, error) {
+		do(int(n.Add(1)), req)
+		return send()
 	})
 }
 

@@ -25,7 +25,8 @@ func TestWire(t *testing.T) {
 	w.Connect(answers(200))
 	send := func(body string) (status int, echo string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), "POST", "https://api.openai.com/v1/x?y=1", strings.NewReader(body))
+		const url = "https://api.openai.com/v1/x?y=1"
+		req, err := http.NewRequestWithContext(t.Context(), "POST", url, strings.NewReader(body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -57,8 +58,14 @@ func TestWire(t *testing.T) {
 			t.Errorf("calls after request %d: got %d, want %d", i, calls, want)
 		}
 	}
+	w.BeforeEach(func(n int, req *http.Request) { calls = 10*n + len(req.Method) })
+	expect("before each", "d", 200)
+	expect("before each", "e", 200)
+	check(t, "number and request", calls, 24)
+	w.SetFault(nil)
+	expect("no fault any more", "c", 200)
 	check(t, "header", w.Header().Get("Key"), "c")
-	check(t, "requests", len(w.Sent()), 4)
+	check(t, "requests", len(w.Sent()), 7)
 }
 
 // TestServeTLS: a client needs the authority and, where that is demanded, the certificate.
