@@ -190,6 +190,35 @@ func (v *Vault) Outcome(s *Snapshot, text string, data map[string]any) string {
 	return outcome + fmt.Sprint(", storage ", v.Storage.All())
 }
 
+// CheckFields makes a request like Request, which must succeed, on the present state. It fails the
+// test unless for each field of data null is the same as a request without the field, before
+// the request and after it, and unless, where trimmed matches the field's name, white space at
+// the ends of its value is dropped, and within it is refused. Then the state is as before.
+func (v *Vault) CheckFields(text string, data map[string]any, trimmed *regexp.Regexp) {
+	v.tb.Helper()
+	fresh := v.Snapshot()
+	v.Must(text, data)
+	stored := v.Snapshot()
+	for field, value := range data {
+		same := func(what string, s *Snapshot, data, as map[string]any) {
+			v.tb.Helper()
+			Same(v.tb, fmt.Sprint(text, " with ", field, " ", what), v.Outcome(s, text, data), v.Outcome(s, text, as))
+		}
+		same("null, new", fresh, With(data, field, nil), With(data, field))
+		same("null, stored", stored, map[string]any{field: nil}, map[string]any{})
+		if !trimmed.MatchString(field) {
+			continue
+		}
+		s := value.(string)
+		for _, spaced := range []string{s + "\n", s + "\r\n", " \t" + s + " "} {
+			same("in white space", fresh, With(data, field, spaced), data)
+		}
+		v.Mistake(text, With(data, field, s[:4]+" "+s[4:]), field)
+		v.Mistake(text, With(data, field, s[:4]+"\n"+s[4:]), field)
+	}
+	v.Restore(fresh)
+}
+
 // With returns a copy of data with another value of a field; without one, the copy lacks it.
 func With(data map[string]any, field string, value ...any) map[string]any {
 	c := maps.Clone(data)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -50,8 +51,15 @@ func newChecked(t *testing.T, metrics *string) (*Vault, *recorder) {
 	r := &recorder{TB: t}
 	v := New(r, func(ctx context.Context, config *logical.BackendConfig) (logical.Backend, error) {
 		write := func(ctx context.Context, req *logical.Request, d *framework.FieldData) (*logical.Response, error) {
-			switch n := d.Get("n"); n {
-			case "good", "":
+			n := d.Get("n").(string)
+			if odd, named := req.Data["odd"]; named && odd == nil {
+				n = "odd"
+			}
+			if d.Get("trim").(bool) {
+				n = strings.TrimSpace(n)
+			}
+			switch n {
+			case "good", "goodness", "":
 				err := req.Storage.Put(ctx, &logical.StorageEntry{Key: "strict", Value: []byte("good")})
 				return &logical.Response{Warnings: []string{"a warning"}}, err
 			case "broken":
@@ -70,7 +78,9 @@ func newChecked(t *testing.T, metrics *string) (*Vault, *recorder) {
 			}}, nil
 		}
 		b := &framework.Backend{Paths: []*framework.Path{{
-			Pattern: "strict", Fields: map[string]*framework.FieldSchema{"n": {Type: framework.TypeString}},
+			Pattern: "strict", Fields: map[string]*framework.FieldSchema{
+				"n": {Type: framework.TypeString}, "trim": {Type: framework.TypeBool}, "odd": {Type: framework.TypeInt},
+			},
 			Callbacks: map[logical.Operation]framework.OperationFunc{"update": write},
 		}, {
 			Pattern: "metrics", Fields: map[string]*framework.FieldSchema{"format": {Type: framework.TypeString}},
@@ -176,6 +186,28 @@ func TestOutcome(t *testing.T) {
 	bad := v.Outcome(s, "update strict", With(good, "n", "bad"))
 	check(t, "outcome of a refusal", bad, "error n can't be bad, 0 requests, data map[error:n can't be bad], storage map[]")
 	Same(t, "the original", good, "map[n:good]")
+}
+
+// TestCheckFields: a field that is not trimmed, and one whose null is not the same as its absence, are found.
+func TestCheckFields(t *testing.T) {
+	trimmed := regexp.MustCompile("^n$")
+	for want, data := range map[string]map[string]any{ // want: in the failures
+		"":                       {"n": "goodness", "trim": true},
+		"with n in white space":  {"n": "goodness"},
+		"with odd null":          {"odd": 1},
+		"n can't be bad":         {"n": "bad"},
+		"want an error response": {"n": "good", "trim": true}, // white space within is at its end
+	} {
+		v, r := newChecked(t, nil)
+		v.Storage.Set("before", "x")
+		got := r.of(func() { v.CheckFields("update strict", data, trimmed) })
+		if !strings.Contains(got, want) || want == "" && got != "" {
+			t.Errorf("%v: got %q, want %q", data, got, want)
+		}
+		if want != "n can't be bad" { // which ends the test
+			Same(t, "storage", v.Storage.Keys(""), "[before]")
+		}
+	}
 }
 
 // TestCheckPaths: a path without any of what Vault's documents need is found.
