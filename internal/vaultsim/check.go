@@ -241,7 +241,8 @@ func CheckPaths(tb testing.TB, b *framework.Backend, prefix string, secrets ...s
 		for name, field := range fields {
 			marked := field.DisplayAttrs != nil && field.DisplayAttrs.Sensitive
 			if field.Description == "" || marked != slices.Contains(secrets, name) {
-				tb.Errorf("%s, field %s: described as %q, marked as a secret: %v", where, name, field.Description, marked)
+				tb.Errorf("%s, field %s: described as %q, marked as a secret: %v",
+					where, name, field.Description, marked)
 			}
 		}
 	}
@@ -255,7 +256,8 @@ func CheckPaths(tb testing.TB, b *framework.Backend, prefix string, secrets ...s
 		for op, handler := range path.Operations {
 			where, p := path.Pattern+" "+string(op), handler.Properties()
 			operations = append(operations, strings.Replace(where, framework.GenericNameRegex("name"), "NAME", 1))
-			if handler.Handler() == nil || p.Summary == "" || p.DisplayAttrs.OperationVerb == "" || len(p.Responses) != 1 {
+			if handler.Handler() == nil || p.Summary == "" || p.DisplayAttrs.OperationVerb == "" ||
+				len(p.Responses) != 1 {
 				tb.Errorf("%s: lacks a callback, a summary, a verb or a response", where)
 			}
 			for status, responses := range p.Responses {
@@ -319,6 +321,20 @@ func (v *Vault) RevokeTogether() {
 	var work sync.WaitGroup
 	for _, lease := range v.Leases() {
 		work.Go(func() { _ = v.Revoke(lease) })
+	}
+	work.Wait()
+}
+
+// AtOnce calls do so many times, one after the other, in each of so many goroutines, and waits
+// for all.
+func AtOnce(goroutines, times int, do func()) {
+	var work sync.WaitGroup
+	for range goroutines {
+		work.Go(func() {
+			for range times {
+				do()
+			}
+		})
 	}
 	work.Wait()
 }

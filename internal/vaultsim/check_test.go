@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/logical"
@@ -184,7 +186,8 @@ func TestOutcome(t *testing.T) {
 	check(t, "outcome", want, "error <nil>, 0 requests, data map[], storage map[strict:good]")
 	check(t, "outcome of another request", v.Outcome(s, "update strict", With(good, "n")), want)
 	bad := v.Outcome(s, "update strict", With(good, "n", "bad"))
-	check(t, "outcome of a refusal", bad, "error n can't be bad, 0 requests, data map[error:n can't be bad], storage map[]")
+	check(t, "outcome of a refusal", bad,
+		"error n can't be bad, 0 requests, data map[error:n can't be bad], storage map[]")
 	Same(t, "the original", good, "map[n:good]")
 }
 
@@ -220,8 +223,8 @@ func TestCheckPaths(t *testing.T) {
 			Description: "K.", DisplayAttrs: &framework.DisplayAttributes{Sensitive: true},
 		}}
 		return &framework.Path{
-			Pattern: "x/" + framework.GenericNameRegex("name"), HelpSynopsis: "S.", HelpDescription: "D.", Fields: field,
-			DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "my"},
+			Pattern: "x/" + framework.GenericNameRegex("name"), HelpSynopsis: "S.", HelpDescription: "D.",
+			Fields: field, DisplayAttrs: &framework.DisplayAttributes{OperationPrefix: "my"},
 			Operations: map[logical.Operation]framework.OperationHandler{"read": &framework.PathOperation{
 				Callback: handler, Summary: "S.", DisplayAttrs: &framework.DisplayAttributes{OperationVerb: "read"},
 				Responses: map[int][]framework.Response{200: {{Description: "OK", Fields: field}}},
@@ -236,7 +239,9 @@ func TestCheckPaths(t *testing.T) {
 		"lacks a help":     func(p *framework.Path) { p.HelpDescription = "" },
 		"operation prefix": func(p *framework.Path) { p.DisplayAttrs.OperationPrefix = "other" },
 		"existence check": func(p *framework.Path) {
-			p.ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) { return true, nil }
+			p.ExistenceCheck = func(context.Context, *logical.Request, *framework.FieldData) (bool, error) {
+				return true, nil
+			}
 		},
 		"described as \"\"":  func(p *framework.Path) { p.Fields["name"].Description = "" },
 		"as a secret: false": func(p *framework.Path) { p.Fields["key"].DisplayAttrs = nil },
@@ -280,5 +285,10 @@ func TestTogether(t *testing.T) {
 		v.RevokeTogether()
 		check(t, "leases", len(v.Leases()), 0)
 		check(t, "revocations", len(f.revokes), 4)
+		start := time.Now()
+		var calls atomic.Int64
+		AtOnce(5, 3, func() { time.Sleep(time.Second); calls.Add(1) })
+		check(t, "calls", calls.Load(), 15)
+		check(t, "time of the calls", time.Since(start), 3*time.Second)
 	})
 }

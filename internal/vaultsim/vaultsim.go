@@ -477,6 +477,7 @@ func Failure(resp *logical.Response, err error) error {
 // are known by identity, since a wrapped one comes over gRPC as text.
 func unrecoverable(err error) bool {
 	return slices.Contains([]error{
-		logical.ErrUnrecoverable, logical.ErrUnsupportedOperation, logical.ErrUnsupportedPath, logical.ErrInvalidRequest,
+		logical.ErrUnrecoverable, logical.ErrUnsupportedOperation, logical.ErrUnsupportedPath,
+		logical.ErrInvalidRequest,
 	}, err)
 }

@@ -241,7 +241,9 @@ func TestLease(t *testing.T) {
 		check(t, "clamped TTL", lease.Expires.Sub(lease.Issued), 90*time.Minute)
 		v.System.MaxLeaseTTLVal = vaultTTL
 		time.Sleep(time.Hour)
-		for _, renewal := range []struct{ increment, want time.Duration }{{0, time.Hour}, {5 * time.Hour, 3 * time.Hour}} {
+		for _, renewal := range []struct{ increment, want time.Duration }{
+			{0, time.Hour}, {5 * time.Hour, 3 * time.Hour},
+		} {
 			if err := v.Renew(lease, renewal.increment); err != nil {
 				t.Fatal(err)
 			}
