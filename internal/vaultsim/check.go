@@ -20,8 +20,8 @@ import (
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// The methods below fail the test that has called New. Those that make a request without
-// returning its error end it.
+// The methods below fail the test that has called New. NoError, Must, OK, Get, MustIssue and
+// MustRevoke end it.
 
 // Same fails the test unless got and want are the same as fmt prints them.
 func Same(tb testing.TB, what string, got, want any) {
