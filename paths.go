@@ -119,9 +119,15 @@ func pathConfig(b *backend) []*framework.Path {
 		"client_key":         secret("Key in PEM of client_certificate. Never returned. Default: none."),
 		"admin_key_ttl": field(duration, "Life of the admin keys that rotation makes: at least twice the time between "+
 			"scheduled rotations, at most 365 days. Default 0: without end."),
+		// These are parsed by the SDK's helper.
+		"rotation_period":   field(duration, "Time between rotations. Excludes rotation_schedule. Default: none."),
+		"rotation_schedule": field(text, "Times of rotations: cron with five fields, in UTC. Default: none."),
+		"rotation_window":   field(duration, "How late a scheduled rotation may start: at least 1h. Default: none."),
+		"rotation_policy":   field(text, "Name of a rotation policy of Vault Enterprise. Default: none."),
+		"disable_automated_rotation": field(boolean,
+			"Whether the schedule is suspended: true or false. Default false."),
 	}
 	fields["client_key"].Required = false
-	addRotationFields(fields)
 	shown := maps.Clone(fields)
 	delete(shown, "admin_api_key")
 	delete(shown, "client_key")

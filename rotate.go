@@ -61,20 +61,6 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 	return &keys[0], nil
 }
 
-// addRotationFields adds the fields of the SDK's helper, whose descriptions are of user names.
-func addRotationFields(fields fieldMap) {
-	automatedrotationutil.AddAutomatedRotationFields(fields)
-	for name, text := range map[string]string{
-		"rotation_period":            "Time between rotations. Excludes rotation_schedule. Default: none.",
-		"rotation_schedule":          "Times of rotations: cron with five fields, in UTC. Default: none.",
-		"rotation_window":            "How late a scheduled rotation may start: at least 1h. Default: none.",
-		"rotation_policy":            "Name of a rotation policy of Vault Enterprise. Default: none.",
-		"disable_automated_rotation": "Whether the schedule is suspended: true or false. Default false.",
-	} {
-		fields[name].Description = text
-	}
-}
-
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
 func (cfg *config) updateRotation(d *fieldData) error {
 	// The helper takes the window only together with the schedule; a schedule that is already stored will do.
