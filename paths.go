@@ -106,6 +106,12 @@ func forwarded(op *framework.PathOperation) *framework.PathOperation {
 	return op
 }
 
+// exists tells whether there is an entry: those of config and of roles have the names of their paths.
+func exists(ctx context.Context, req *logical.Request, _ *fieldData) (bool, error) {
+	entry, err := req.Storage.Get(ctx, req.Path)
+	return entry != nil, err
+}
+
 func pathConfig(b *backend) []*framework.Path {
 	fields := fieldMap{
 		"admin_api_key": secret("Admin API key of the OpenAI organization. Required. Never returned."),
@@ -155,11 +161,8 @@ func pathConfig(b *backend) []*framework.Path {
 			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration",
 				"Delete the configuration. Leases are not revoked at OpenAI without one.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *fieldData) (bool, error) {
-			cfg, err := getConfig(ctx, req.Storage)
-			return cfg != nil, err
-		},
-		HelpSynopsis: "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
+		ExistenceCheck: exists,
+		HelpSynopsis:   "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
 	}, {
 		Pattern: configPath + "/rotate", DisplayAttrs: display(""),
 		Operations: map[logical.Operation]framework.OperationHandler{
@@ -452,11 +455,8 @@ func pathRoles(b *backend) []*framework.Path {
 			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "",
 				"Delete a role. Its leases live on, but can't be renewed.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, d *fieldData) (bool, error) {
-			r, err := getRole(ctx, req.Storage, d.Get("name").(string))
-			return r != nil, err
-		},
-		HelpSynopsis: "Manage what creds/<name> hands out.", HelpDescription: roleHelpDescription,
+		ExistenceCheck: exists,
+		HelpSynopsis:   "Manage what creds/<name> hands out.", HelpDescription: roleHelpDescription,
 	}}
 }
 
