@@ -951,11 +951,7 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, organization
 		if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
 			return err
 		}
-		b.mu.Lock()
-		if b.client == c {
-			b.client = nil // the next one is made from what config holds by then
-		}
-		b.mu.Unlock()
+		b.setClient(nil) // the next one is made from what config holds by then
 	}
 }
 
