@@ -407,7 +407,7 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*log
 // quote it.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checked, exists bool, err error) {
 	checked, exists, err = b.Backend.HandleExistenceCheck(ctx, req)
-	if invalid := (errutil.UserError{}); errors.As(err, &invalid) {
+	if _, invalid := errors.AsType[errutil.UserError](err); invalid {
 		return true, true, nil
 	}
 	return checked, exists, err

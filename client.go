@@ -203,10 +203,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
 		return ctx.Err()
 	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(d):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -251,22 +249,22 @@ func (e *apiError) Unwrap() error { return e.err }
 
 // isStatus tells whether err is OpenAI's answer with one of the statuses.
 func isStatus(err error, statuses ...int) bool {
-	var e *apiError
-	return errors.As(err, &e) && slices.Contains(statuses, e.Status)
+	e, ok := errors.AsType[*apiError](err)
+	return ok && slices.Contains(statuses, e.Status)
 }
 
 // isNotFound tells whether OpenAI itself says that the thing does not exist. At a mistyped endpoint neither the page
 // of some other server nor OpenAI's "Invalid URL" counts.
 func isNotFound(err error) bool {
-	var e *apiError
-	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != "" &&
+	e, ok := errors.AsType[*apiError](err)
+	return ok && e.Status == http.StatusNotFound && e.Type != "" &&
 		!strings.HasPrefix(e.Message, "Invalid URL")
 }
 
 // isRefused tells whether OpenAI judged the request itself and did not carry it out.
 func isRefused(err error) bool {
-	var e *apiError
-	return errors.As(err, &e) && e.Status >= 400 && e.Status < 500 &&
+	e, ok := errors.AsType[*apiError](err)
+	return ok && e.Status >= 400 && e.Status < 500 &&
 		!isStatus(err, http.StatusRequestTimeout, http.StatusConflict)
 }
 
@@ -284,9 +282,9 @@ var (
 
 // notDone tells whether a create that failed certainly had no effect at OpenAI.
 func notDone(err error) bool {
-	var e *apiError
+	e, ok := errors.AsType[*apiError](err)
 	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) ||
-		errors.As(err, &e) && e.Status == 0 && !e.sent
+		ok && e.Status == 0 && !e.sent
 }
 
 var (
@@ -385,8 +383,7 @@ func (c *client) do(ctx context.Context, op call) error {
 		}
 		// Half of the wait is random, so that callers do not come back in step.
 		wait, reason := backoff/2+rand.N(backoff/2), "connection" // #nosec G404 -- no secret depends on it
-		var e *apiError
-		if errors.As(err, &e) && e.Status != 0 {
+		if e, ok := errors.AsType[*apiError](err); ok && e.Status != 0 {
 			reason = strconv.Itoa(e.Status)
 			wait = cmp.Or(e.retryAfter, wait)
 		}
@@ -407,9 +404,9 @@ func (c *client) do(ctx context.Context, op call) error {
 // retryable tells whether the call may be made again after err: the rules of OpenAI's own libraries, but what is not
 // repeatable only if it was not done.
 func (op call) retryable(err error) bool {
-	var e *apiError
+	e, ok := errors.AsType[*apiError](err)
 	switch {
-	case !errors.As(err, &e) || e.shouldRetry == "false":
+	case !ok || e.shouldRetry == "false":
 		return false
 	case e.Status == 0:
 		return op.repeatable || !e.sent
@@ -460,8 +457,9 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	}
 	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		var n *net.OpError // a server may refuse a TLS 1.3 client after that has its connection
-		return c.noAnswer(err, sent && (wrote.Load() || !errors.As(err, &n) || n.Op != "write"))
+		// A server may refuse a TLS 1.3 client after that has its connection.
+		e, ok := errors.AsType[*net.OpError](err)
+		return c.noAnswer(err, sent && (wrote.Load() || !ok || e.Op != "write"))
 	}
 	defer resp.Body.Close()
 	status = strconv.Itoa(resp.StatusCode)
@@ -482,9 +480,8 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 
 // noAnswer describes err, the failure of an exchange, without the request's URL.
 func (c *client) noAnswer(err error, sent bool) error {
-	var u *url.Error
-	if errors.As(err, &u) {
-		err = u.Err
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
 	}
 	text := "no answer from " + c.config.APIEndpoint + ": "
 	if errors.Is(err, context.DeadlineExceeded) {

@@ -1022,8 +1022,7 @@ func (b *backend) sweep(ctx context.Context, s logical.Storage) {
 	for _, id := range ids {
 		err := b.sweepOne(ctx, s, id)
 		failed = cmp.Or(failed, err)
-		var e *apiError
-		if errors.As(err, &e) && !isRefused(err) || adminKeyRefused(err) || ctx.Err() != nil {
+		if _, ok := errors.AsType[*apiError](err); ok && !isRefused(err) || adminKeyRefused(err) || ctx.Err() != nil {
 			break // it is the same for all
 		}
 	}
