@@ -109,7 +109,8 @@ type role struct {
 	ServiceAccountName string `json:"service_account_name,omitempty"`
 }
 
-// lease is the internal data of a lease. The older plugin wrote the first three fields.
+// lease tells what to delete at OpenAI. It is the internal data of a lease, of which the older plugin wrote the first
+// three fields, and the storage entry "cleanup/<id>" of a credential that could not be deleted yet.
 type lease struct {
 	APIKeyID         string `json:"api_key_id"`
 	ServiceAccountID string `json:"service_account_id"`
@@ -119,13 +120,11 @@ type lease struct {
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation deletes the key and leaves the account
 	End              int64  `json:"end,omitempty"`         // Unix seconds of the end that the name has
-	Name             string `json:"-"`                     // of the account or key while it is made, or found in a list
-}
+	Failures         int    `json:"failures,omitempty"`    // revocations that failed; of a clean-up entry
 
-// cleanup is the storage entry "cleanup/<id>" of a credential that could not be deleted yet.
-type cleanup struct {
-	lease
-	Failures int `json:"failures"` // failed revocations
+	// Of an account or key while it is made, or found in a list:
+	Name string    `json:"-"`
+	Seen time.Time `json:"-"` // in a list: see listAll
 }
 
 // Where the entries are, and defaults of what is in them.

@@ -2070,7 +2070,7 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 				if took := time.Since(start); (err == nil) != (attempt >= from) || took > 70*time.Second {
 					t.Errorf("attempt %d: got %v after %s, want an error before %d, in 70s", attempt, err, took, from)
 				}
-				var entry cleanup
+				var entry lease
 				_ = json.Unmarshal([]byte(e.Storage.All()[cleanupPrefix+l.id()]), &entry)
 				taken := e.get("metrics").Data[metricPrefix+"revocations_handed_over_total"]
 				lines, over := e.Log.Count("error", l.id()), max(0, attempt-from+1)

@@ -745,21 +745,14 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 	return ask(ctx, c, post("create_api_key", path, in), (*apiKey).created)
 }
 
-// credential is an account or a key on an account, as a list shows it.
-type credential struct {
-	lease           // its ids and its name
-	at    time.Time // when that was: see listAll
-}
-
 // credentialsNamed returns a project's accounts or, with keys, its keys on accounts, whose names are wanted.
 func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bool, wanted func(name string) bool) (
-	found []credential, err error) {
+	found []lease, err error) {
 	if !keys {
 		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
 			func(a serviceAccount, now time.Time) {
 				if wanted(a.Name) && validID(a.ID) {
-					l := lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name}
-					found = append(found, credential{l, now})
+					found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, Seen: now})
 				}
 			})
 		return found, err
@@ -768,8 +761,8 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 	query := url.Values{"owner_project_access": {"any"}}
 	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
 		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
-			l := lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true, Name: k.Name}
-			found = append(found, credential{l, now})
+			found = append(found, lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true,
+				Name: k.Name, Seen: now})
 		}
 	})
 	return found, err

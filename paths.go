@@ -1006,12 +1006,12 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *field
 
 // addCleanup remembers a credential for sweep, with failed more failures, and returns their count.
 func (b *backend) addCleanup(ctx context.Context, s logical.Storage, l *lease, failed int) (failures int, err error) {
-	c := cleanup{lease: *l}
-	if _, err := getJSON(ctx, s, cleanupPrefix+l.id(), &c); err != nil {
+	entry := *l
+	if _, err := getJSON(ctx, s, cleanupPrefix+l.id(), &entry); err != nil {
 		return 0, err
 	}
-	c.Failures += failed
-	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.id(), c)
+	entry.Failures += failed
+	return entry.Failures, putJSON(ctx, s, cleanupPrefix+l.id(), entry)
 }
 
 // sweep works the clean-up entries off, in an order of chance: an entry that keeps failing does not keep the others
@@ -1036,15 +1036,15 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) (e
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	defer func() { b.metrics.add("cleanups_total", 1, "result", result(err)) }()
-	var c cleanup
-	if _, err = getJSON(ctx, s, cleanupPrefix+id, &c); err != nil || c.id() == "" {
+	var l lease
+	if _, err = getJSON(ctx, s, cleanupPrefix+id, &l); err != nil || l.id() == "" {
 		return err
 	}
-	if err = b.revokeAtOpenAI(ctx, s, &c.lease); err != nil {
+	if err = b.revokeAtOpenAI(ctx, s, &l); err != nil {
 		return fmt.Errorf("deleting %q: %w", id, err)
 	}
-	b.Logger().Info("cleaned up a credential", "project_id", c.ProjectID,
-		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
+	b.Logger().Info("cleaned up a credential", "project_id", l.ProjectID,
+		"service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID, "failures", l.Failures)
 	return s.Delete(ctx, cleanupPrefix+id)
 }
 
@@ -1126,19 +1126,19 @@ func (p *pass) wants(name string) bool {
 
 // due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
 // tidyMargin.
-func (p *pass) due(c *credential) bool {
-	if _, ok := p.lost[c.Name]; ok {
+func (p *pass) due(l *lease) bool {
+	if _, ok := p.lost[l.Name]; ok {
 		return true
 	}
-	p.undated = p.undated || c.at.IsZero()
-	_, end, _ := parseName(c.Name)
-	return end.Add(tidyMargin).Before(c.at)
+	p.undated = p.undated || l.Seen.IsZero()
+	_, end, _ := parseName(l.Name)
+	return end.Add(tidyMargin).Before(l.Seen)
 }
 
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
-	var found, list []credential
+	var found, list []lease
 	for _, keys := range []bool{false, true} {
 		err := b.useClient(ctx, s, organization, func(c *client) (err error) {
 			if list, err = c.credentialsNamed(ctx, id, keys, p.wants); c.projectGone(ctx, id, err) {
@@ -1152,13 +1152,13 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 		found = append(found, list...)
 	}
 	inUse := map[string]bool{} // accounts, by their ids
-	for _, c := range found {
-		inUse[c.ServiceAccountID] = inUse[c.ServiceAccountID] || c.KeyOnly && !p.due(&c)
+	for _, l := range found {
+		inUse[l.ServiceAccountID] = inUse[l.ServiceAccountID] || l.KeyOnly && !p.due(&l)
 	}
-	for _, c := range found {
-		if c.OrganizationID = organization; p.due(&c) && (c.KeyOnly || !inUse[c.ServiceAccountID]) {
-			if err := b.tidyOne(ctx, s, p, &c); err != nil {
-				p.fail(fmt.Errorf("project %s, %s: %w", id, c.id(), err))
+	for _, l := range found {
+		if l.OrganizationID = organization; p.due(&l) && (l.KeyOnly || !inUse[l.ServiceAccountID]) {
+			if err := b.tidyOne(ctx, s, p, &l); err != nil {
+				p.fail(fmt.Errorf("project %s, %s: %w", id, l.id(), err))
 			}
 		}
 	}
@@ -1166,7 +1166,7 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 }
 
 // tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
-func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *credential) error {
+func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *lease) error {
 	names, err := s.List(ctx, rolePrefix)
 	for i := 0; err == nil && !l.KeyOnly && i < len(names); i++ {
 		var r *role
@@ -1178,7 +1178,7 @@ func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *cr
 		return err
 	}
 	if !p.dryRun {
-		err = b.revokeAtOpenAI(ctx, s, &l.lease)
+		err = b.revokeAtOpenAI(ctx, s, l)
 		b.metrics.add("tidy_deletions_total", 1, "result", result(err))
 	}
 	if p.dryRun || err != nil {
