@@ -516,19 +516,19 @@ var families = []family{
 // durationBuckets are the upper bounds of the histogram's buckets, in seconds.
 var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
 
-// series are values by name and labels, as Prometheus' text format writes them, without metricPrefix.
-type series map[string]float64
+// series are values by name, without metricPrefix, and by labels as Prometheus' text format has them within its braces.
+type series map[string]map[string]float64
 
-// seriesName returns a name with labels, which are names and values. No value has a quote: a role's name has none.
-func seriesName(name string, labels ...string) string {
-	text := ""
+// add adds n. labels are names and values. No value has a quote: a role's name has none.
+func (s series) add(name string, n float64, labels ...string) {
+	var text []string
 	for i := 0; i+1 < len(labels); i += 2 {
-		text += "," + labels[i] + `="` + labels[i+1] + `"`
+		text = append(text, labels[i]+`="`+labels[i+1]+`"`)
 	}
-	if text != "" {
-		name += "{" + text[1:] + "}"
+	if s[name] == nil {
+		s[name] = map[string]float64{}
 	}
-	return name
+	s[name][strings.Join(text, ",")] += n
 }
 
 // metrics counts what a mount does, since the plugin's process has started.
@@ -540,7 +540,9 @@ type metrics struct {
 // newMetrics returns metrics whose bounded series are there from the start, so that Prometheus sees the first event
 // too.
 func newMetrics() *metrics {
-	m := &metrics{series: series{"revocations_handed_over_total": 0, "api_rate_limit_wait_seconds_total": 0}}
+	m := &metrics{series: series{}}
+	m.add("revocations_handed_over_total", 0)
+	m.add("api_rate_limit_wait_seconds_total", 0)
 	for _, result := range []string{"success", "failure"} {
 		for _, name := range []string{"cleanups_total", "tidy_passes_total", "tidy_deletions_total"} {
 			m.add(name, 0, "result", result)
@@ -556,14 +558,14 @@ func newMetrics() *metrics {
 func (m *metrics) add(name string, n float64, labels ...string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.series[seriesName(name, labels...)] += n
+	m.series.add(name, n, labels...)
 }
 
 // set sets a gauge.
 func (m *metrics) set(name string, value float64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.series[name] = value
+	m.series[name] = map[string]float64{"": value}
 }
 
 // observe counts a request to OpenAI that took d.
@@ -581,29 +583,31 @@ func (m *metrics) observe(operation string, d time.Duration) {
 
 // gather returns all there is to show.
 func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error) {
+	all := series{}
 	b.metrics.mu.Lock()
-	all := maps.Clone(b.metrics.series)
+	for name, values := range b.metrics.series {
+		all[name] = maps.Clone(values)
+	}
 	b.metrics.mu.Unlock()
-	all[seriesName("build_info", "version", version, "goversion", runtime.Version())] = 1
+	all.add("build_info", 1, "version", version, "goversion", runtime.Version())
 	cleanups, err := s.List(ctx, cleanupPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("listing clean-up entries: %w", err)
 	}
-	all["cleanups_pending"] = float64(len(cleanups))
-	all["lost_creates"] = float64(len(b.lostSince(lostTime)))
-	times := map[string]time.Time{}
+	all.add("cleanups_pending", float64(len(cleanups)))
+	all.add("lost_creates", float64(len(b.lostSince(lostTime))))
 	cfg, err := getConfig(ctx, s)
-	if err != nil {
-		return nil, err
+	if err != nil || cfg == nil {
+		return all, err
 	}
-	if cfg != nil {
-		all["admin_keys_pending_deletion"] = float64(len(cfg.PendingDeletion))
-		times["admin_key_last_rotation"], times["admin_key_expiry"] = cfg.LastRotatedTime, cfg.AdminKeyExpires
-		times["admin_key_next_rotation"] = cfg.nextRotation(time.Now())
-	}
-	for name, t := range times {
+	all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
+	for name, t := range map[string]time.Time{
+		"admin_key_last_rotation": cfg.LastRotatedTime,
+		"admin_key_next_rotation": cfg.nextRotation(time.Now()),
+		"admin_key_expiry":        cfg.AdminKeyExpires,
+	} {
 		if !t.IsZero() {
-			all[name+"_timestamp_seconds"] = float64(t.Unix())
+			all.add(name+"_timestamp_seconds", float64(t.Unix()))
 		}
 	}
 	return all, nil
@@ -617,24 +621,16 @@ func (f family) series() []string {
 	return []string{f.name}
 }
 
-// of returns the series of this name by labels, and their labels in order, buckets by their bound.
-func (s series) of(name string) (values map[string]float64, labels []string) {
-	values = map[string]float64{}
-	for text, value := range s {
-		if family, rest, _ := strings.Cut(text, "{"); family == name {
-			values[strings.TrimSuffix(rest, "}")] = value
-		}
-	}
-	bound := func(labels string) (string, float64) {
+// byBound orders labels, those of buckets by their bound.
+func byBound(x, y string) int {
+	split := func(labels string) (others string, bound float64) {
 		others, le, _ := strings.Cut(strings.TrimSuffix(labels, `"`), `,le="`)
-		number, _ := strconv.ParseFloat(le, 64)
-		return others, number
+		bound, _ = strconv.ParseFloat(le, 64)
+		return others, bound
 	}
-	return values, slices.SortedFunc(maps.Keys(values), func(x, y string) int {
-		xOthers, xBound := bound(x)
-		yOthers, yBound := bound(y)
-		return cmp.Or(cmp.Compare(xOthers, yOthers), cmp.Compare(xBound, yBound))
-	})
+	xOthers, xBound := split(x)
+	yOthers, yBound := split(y)
+	return cmp.Or(cmp.Compare(xOthers, yOthers), cmp.Compare(xBound, yBound))
 }
 
 // prometheus writes all in Prometheus' text format, version 0.0.4.
@@ -643,13 +639,10 @@ func (s series) prometheus() []byte {
 	for _, f := range families {
 		header := fmt.Sprintf("# HELP %[1]s %[2]s\n# TYPE %[1]s %[3]s\n", metricPrefix+f.name, f.help, f.kind)
 		for _, name := range f.series() {
-			values, labels := s.of(name)
-			for _, text := range labels {
-				value := strconv.FormatFloat(values[text], 'f', -1, 64)
-				if text != "" {
-					text = "{" + text + "}"
-				}
-				fmt.Fprintf(&out, "%s%s%s%s %s\n", header, metricPrefix, name, text, value)
+			for _, labels := range slices.SortedFunc(maps.Keys(s[name]), byBound) {
+				value := strconv.FormatFloat(s[name][labels], 'f', -1, 64)
+				braces := strings.TrimSuffix("{"+labels+"}", "{}")
+				fmt.Fprintf(&out, "%s%s%s%s %s\n", header, metricPrefix, name, braces, value)
 				header = ""
 			}
 		}

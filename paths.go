@@ -1410,11 +1410,10 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fiel
 	case "":
 		for _, f := range families {
 			for _, name := range f.series() {
-				values, _ := all.of(name)
-				if value, ok := values[""]; ok {
+				if value, ok := all[name][""]; ok {
 					data[metricPrefix+name] = value
-				} else if len(values) > 0 {
-					data[metricPrefix+name] = values
+				} else if len(all[name]) > 0 {
+					data[metricPrefix+name] = all[name]
 				}
 			}
 		}
