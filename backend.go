@@ -38,6 +38,7 @@ const (
 	requestTimeout = 75 * time.Second
 	attemptTimeout = 25 * time.Second // one exchange with OpenAI
 	undoTimeout    = 10 * time.Second // to undo a create that failed, after its request has ended
+	tickTimeout    = 30 * time.Second // the work of a tick: Vault's state lock is held meanwhile
 
 	// keyGrace is how long OpenAI lets a key live after its lease's end, for clocks that differ and answers that are
 	// slow: OpenAI counts from when it gets the request, Vault counts the lease from the plugin's answer.
@@ -375,11 +376,7 @@ var invalidInput = regexp.MustCompile(`^Field validation failed: error convertin
 
 // HandleRequest bounds every request: Vault gives most of them no deadline of their own.
 func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
-	timeout := requestTimeout
-	if req.Operation == logical.RollbackOperation {
-		timeout = tickTimeout
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	maps.DeleteFunc(req.Data, func(_ string, v any) bool { return v == nil }) // null is the same as not named
 	if path := b.Route(req.Path); path != nil {
@@ -426,11 +423,10 @@ func (b *backend) setClient(c *client) {
 	b.client = c
 }
 
-// tickTimeout bounds the work of one tick: Vault's state lock is held meanwhile.
-const tickTimeout = 30 * time.Second
-
 // periodic is called by Vault about every minute, on every node. Its errors are only logged: Vault would drop them.
 func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
+	ctx, cancel := context.WithTimeout(ctx, tickTimeout)
+	defer cancel()
 	if b.WriteSafeReplicationState() {
 		b.rotatePeriodically(ctx, req)
 	}
