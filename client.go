@@ -148,14 +148,15 @@ func (l *lane) turn(ctx context.Context, held bool) (keeps bool, err error) {
 	return false, err
 }
 
-// cause returns what a call waited for whose time is up.
-func (l *lane) cause() error {
+// noTurn returns the error of a call whose time was up, with err, before its turn came: what it waited for.
+func (l *lane) noTurn(err error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	cause := errOtherCalls
 	if time.Since(l.until) < time.Minute {
-		return errRateLimit
+		cause = errRateLimit
 	}
-	return errOtherCalls
+	return &apiError{Message: cause.Error() + ": " + err.Error(), err: cause}
 }
 
 // passed counts an attempt that met no rate limit: the pace quickens.
@@ -343,40 +344,35 @@ var (
 
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are of type *apiError.
 func (c *client) do(ctx context.Context, op call) error {
-	waiting := func(what error, err error) error {
-		return &apiError{Message: what.Error() + ": " + err.Error(), err: what}
-	}
 	l := c.throttle.lane(op.name)
 	select {
 	case <-l.slots:
 		defer func() { l.slots <- struct{}{} }()
 	case <-ctx.Done():
-		return waiting(l.cause(), ctx.Err())
+		return l.noTurn(ctx.Err())
 	}
-	var last error
 	backoff, held := minBackoff, false
-	defer func() {
+	release := func() {
 		if held {
 			<-l.gate
 		}
-	}()
-	for attempt := 1; ; attempt++ {
+		held = false
+	}
+	defer release()
+	for attempts := 0; ; {
 		start := time.Now()
 		var err error
-		held, err = l.turn(ctx, held)
-		if err != nil && (last == nil || isStatus(last, http.StatusTooManyRequests)) {
-			return waiting(l.cause(), err)
-		} else if err != nil {
-			return last
+		if held, err = l.turn(ctx, held); err != nil {
+			return l.noTurn(err)
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
 			c.metrics.add("api_rate_limit_wait_seconds_total", waited.Seconds())
 		}
 		err = c.attempt(ctx, l, op)
 		limited := isStatus(err, http.StatusTooManyRequests)
-		if held && !limited {
-			<-l.gate
-			held = false
+		if !limited {
+			attempts++
+			release()
 		}
 		if err == nil || ctx.Err() != nil {
 			return err
@@ -389,14 +385,12 @@ func (c *client) do(ctx context.Context, op call) error {
 		}
 		deadline, bounded := ctx.Deadline()
 		switch {
-		case !op.retryable(err), !limited && attempt >= maxAttempts, bounded && time.Until(deadline) < wait:
+		case !op.retryable(err), attempts >= maxAttempts, bounded && time.Until(deadline) < wait:
 			return err
-		case limited:
-			attempt--
-		case sleep(ctx, wait) != nil:
+		case !limited && sleep(ctx, wait) != nil:
 			return err
 		}
-		last, backoff = err, min(2*backoff, maxBackoff)
+		backoff = min(2*backoff, maxBackoff)
 		c.metrics.add("api_retries_total", 1, "reason", reason)
 	}
 }
@@ -420,7 +414,7 @@ func (op call) retryable(err error) bool {
 // attempt makes one HTTP exchange in its lane.
 func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	if err := put(ctx, c.throttle.slots); err != nil {
-		return &apiError{Message: errOtherCalls.Error() + ": " + err.Error(), err: errOtherCalls}
+		return l.noTurn(err)
 	}
 	defer func() { <-c.throttle.slots }()
 	start, status := time.Now(), "error"
