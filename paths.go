@@ -858,35 +858,32 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, expire
 		}
 		return nil
 	}
+	scoped := len(r.Scopes) > 0
 	if !l.KeyOnly {
-		keyless := len(r.Scopes) > 0
 		err = step("service account", func(c *client) error {
-			account, err := c.createServiceAccount(ctx, r.ProjectID, l.Name, keyless, expiresIn)
+			account, err := c.createServiceAccount(ctx, r.ProjectID, l.Name, scoped, expiresIn)
 			if err == nil {
 				l.ServiceAccountID, key = account.ID, account.APIKey
 			}
 			return err
 		})
-		if err == nil && !keyless {
-			l.APIKeyID = key.ID
-		}
-		if err != nil || !keyless {
-			return key, err
-		}
+	}
+	if err == nil && !l.KeyOnly && scoped {
 		err = step("role of service account", func(c *client) error {
 			return c.setServiceAccountRole(ctx, r.ProjectID, l.ServiceAccountID, cmp.Or(r.ServiceAccountRole, "member"))
 		})
-		if err != nil {
-			return nil, err
-		}
 	}
-	err = step("API key", func(c *client) (err error) {
-		if key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, l.Name, r.Scopes, expiresIn); err == nil {
-			l.APIKeyID = key.ID
-		}
-		return err
-	})
-	return key, err
+	if err == nil && (l.KeyOnly || scoped) {
+		err = step("API key", func(c *client) (err error) {
+			key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, l.Name, r.Scopes, expiresIn)
+			return err
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	l.APIKeyID = key.ID
+	return key, nil
 }
 
 // undo sees to it that nothing stays of a create that failed with cause: what is known by its id is deleted at once,
