@@ -48,8 +48,9 @@ func (cfg *config) toResponseData() map[string]any {
 }
 
 type (
-	fieldMap  = map[string]*framework.FieldSchema // describes the fields of a request or of an answer, by name
-	fieldData = framework.FieldData               // the fields of a request
+	fieldMap   = map[string]*framework.FieldSchema // describes the fields of a request or of an answer, by name
+	fieldData  = framework.FieldData               // the fields of a request
+	operations = map[logical.Operation]framework.OperationHandler
 )
 
 // The types of fields.
@@ -146,15 +147,16 @@ func pathConfig(b *backend) []*framework.Path {
 	shown["pending_deletion"] = required(texts, "IDs of replaced admin keys still to be deleted at OpenAI.")
 	shown["creating"] = required(texts, "Names of admin keys that a rotation began to make and that OpenAI may have.")
 	shown["mount_id"] = required(text, "The tag in the names of what this mount makes at OpenAI.")
-	rotated := fieldMap{
-		"admin_api_key_id": required(text, "ID of the new admin API key."),
-		"rotated_time":     required(text, "When it was put to use (RFC 3339, UTC)."),
-	}
 	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and its rotation.", nil))
+	rotate := forwarded(operation(b.configRotate, "rotate", "admin-api-key",
+		"Replace the admin API key by a new one and delete the old one.", fieldMap{
+			"admin_api_key_id": required(text, "ID of the new admin API key."),
+			"rotated_time":     required(text, "When it was put to use (RFC 3339, UTC)."),
+		}))
 	return []*framework.Path{{
 		Pattern: configPath, DisplayAttrs: display(""),
 		Fields: fields,
-		Operations: map[logical.Operation]framework.OperationHandler{
+		Operations: operations{
 			logical.CreateOperation: write, logical.UpdateOperation: write,
 			logical.ReadOperation: operation(b.configRead, "read", "configuration",
 				"Read the configuration, without the admin API key.", shown),
@@ -165,10 +167,7 @@ func pathConfig(b *backend) []*framework.Path {
 		HelpSynopsis:   "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
 	}, {
 		Pattern: configPath + "/rotate", DisplayAttrs: display(""),
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key",
-				"Replace the admin API key by a new one and delete the old one.", rotated)),
-		},
+		Operations:   operations{logical.UpdateOperation: rotate},
 		HelpSynopsis: "Replace the Admin API key by a new one.", HelpDescription: rotateHelpDescription,
 	}}
 }
@@ -442,14 +441,12 @@ func pathRoles(b *backend) []*framework.Path {
 	write := forwarded(operation(b.roleWrite, "write", "", "Create or update a role.", nil))
 	return []*framework.Path{{
 		Pattern: rolePrefix + "?$", DisplayAttrs: display("roles"),
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names),
-		},
+		Operations:   operations{logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names)},
 		HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
 	}, {
 		Pattern: rolePrefix + framework.GenericNameRegex("name"), DisplayAttrs: display("role"),
 		Fields: fields,
-		Operations: map[logical.Operation]framework.OperationHandler{
+		Operations: operations{
 			logical.CreateOperation: write, logical.UpdateOperation: write,
 			logical.ReadOperation: operation(b.roleRead, "read", "", "Read a role.", settings),
 			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "",
@@ -704,10 +701,8 @@ func pathCreds(b *backend) []*framework.Path {
 	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
 		Pattern: "creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("credentials"),
-		Fields: fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: read, logical.UpdateOperation: read, // tools send parameters by PUT
-		},
+		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
+		Operations:   operations{logical.ReadOperation: read, logical.UpdateOperation: read}, // some tools send by PUT
 		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
 	}}
 }
@@ -1303,9 +1298,7 @@ func pathTidy(b *backend) []*framework.Path {
 			"mount_id":    field(text, "The mount_id of a lost mount, to delete what it left. Default: this mount's."),
 			"project_ids": field(texts, "IDs of projects to look through. Default: the organization's active ones."),
 		},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.UpdateOperation: run, logical.ReadOperation: read,
-		},
+		Operations:   operations{logical.UpdateOperation: run, logical.ReadOperation: read},
 		HelpSynopsis: "Delete what was left behind at OpenAI.", HelpDescription: tidyHelpDescription,
 	}}
 }
@@ -1382,13 +1375,11 @@ func pathMetrics(b *backend) []*framework.Path {
 			}
 		}
 	}
+	read := operation(b.metricsRead, "read", "metrics", "Read what this mount has counted on this node.", shown)
 	return []*framework.Path{{
 		Pattern: "metrics", DisplayAttrs: display(""),
-		Fields: fieldMap{"format": format},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: operation(b.metricsRead, "read", "metrics",
-				"Read what this mount has counted on this node.", shown),
-		},
+		Fields:       fieldMap{"format": format},
+		Operations:   operations{logical.ReadOperation: read},
 		HelpSynopsis: "Read what this mount has counted on this node.", HelpDescription: metricsHelpDescription,
 	}}
 }
