@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"regexp"
 	"runtime"
@@ -479,38 +480,34 @@ func result(err error) string {
 
 const metricPrefix = "vault_openai_"
 
-// family is a metric as the metrics path shows it. Its name lacks metricPrefix.
+// family is a metric as the metrics path shows it. Its name lacks metricPrefix; labels are their names.
 type family struct {
-	name, kind, help string
-	labels           []string
+	name, kind, help, labels string
 }
 
 var families = []family{
-	{"credential_operations_total", "counter", "Credentials issued, renewed and revoked.",
-		[]string{"role", "operation", "result"}},
-	{"revocations_handed_over_total", "counter", "Revocations that the plugin took over from Vault.", nil},
-	{"api_requests_total", "counter", "Requests sent to OpenAI, retries included, by HTTP status; error: no answer.",
-		[]string{"operation", "status"}},
-	{"api_request_duration_seconds", "histogram", "Duration of a request to OpenAI.", []string{"operation"}},
-	{"api_retries_total", "counter", "Requests repeated, by the HTTP status of the one before; connection: no answer.",
-		[]string{"reason"}},
-	{"api_rate_limit_wait_seconds_total", "counter", "Time that calls spent waiting for OpenAI's rate limit.", nil},
-	{"rotations_total", "counter", "Rotations of the admin API key.", []string{"trigger", "result"}},
-	{"cleanups_total", "counter", "Attempts to clean up credentials.", []string{"result"}},
-	{"tidy_passes_total", "counter", "Full passes of tidy; failure: it could not do all.", []string{"result"}},
-	{"tidy_deletions_total", "counter", "Deletions of what was lost, or past the end in its name.", []string{"result"}},
-	{"tidy_last_pass_timestamp_seconds", "gauge", "When the last full pass of tidy ended; absent: none yet.", nil},
-	{"lost_creates", "gauge", "Creates whose answer was lost, and that tidy looks for.", nil},
-	{"cleanups_pending", "gauge", "Credentials that wait to be cleaned up at OpenAI.", nil},
-	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", nil},
-	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", nil},
-	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", nil},
-	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", nil},
-	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", []string{"version", "goversion"}},
+	{"credential_operations_total", "counter", "Credentials issued, renewed and revoked.", "role, operation, result"},
+	{"revocations_handed_over_total", "counter", "Revocations that the plugin took over from Vault.", ""},
+	{"api_requests_total", "counter", "Requests to OpenAI, retries included; error: no answer.", "operation, status"},
+	{"api_request_duration_seconds", "histogram", "Duration of a request to OpenAI.", "operation"},
+	{"api_retries_total", "counter", "Requests repeated, by the HTTP status before; connection: no answer.", "reason"},
+	{"api_rate_limit_wait_seconds_total", "counter", "Time that calls spent waiting for OpenAI's rate limit.", ""},
+	{"rotations_total", "counter", "Rotations of the admin API key.", "trigger, result"},
+	{"cleanups_total", "counter", "Attempts to clean up credentials.", "result"},
+	{"tidy_passes_total", "counter", "Full passes of tidy; failure: it could not do all.", "result"},
+	{"tidy_deletions_total", "counter", "Deletions of what was lost, or past the end in its name.", "result"},
+	{"tidy_last_pass_timestamp_seconds", "gauge", "When the last full pass of tidy ended; absent: none yet.", ""},
+	{"lost_creates", "gauge", "Creates whose answer was lost, and that tidy looks for.", ""},
+	{"cleanups_pending", "gauge", "Credentials that wait to be cleaned up at OpenAI.", ""},
+	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", ""},
+	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", ""},
+	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", ""},
+	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", ""},
+	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", "version, goversion"},
 }
 
 // durationBuckets are the upper bounds of the histogram's buckets, in seconds.
-var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
+var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, math.Inf(1)}
 
 // series are values by name, without metricPrefix, and by labels as Prometheus' text format has them within its braces.
 type series map[string]map[string]float64
@@ -572,7 +569,6 @@ func (m *metrics) observe(operation string, d time.Duration) {
 			m.add(name+"_bucket", 1, "operation", operation, "le", fmt.Sprint(bound))
 		}
 	}
-	m.add(name+"_bucket", 1, "operation", operation, "le", "+Inf")
 	m.add(name+"_sum", d.Seconds(), "operation", operation)
 	m.add(name+"_count", 1, "operation", operation)
 }

@@ -1370,8 +1370,8 @@ func pathMetrics(b *backend) []*framework.Path {
 	for _, f := range families {
 		for _, name := range f.series() {
 			shown[metricPrefix+name] = field(framework.TypeFloat, f.help)
-			if len(f.labels) > 0 {
-				shown[metricPrefix+name].Type = framework.TypeMap // of labels to value
+			if f.labels != "" {
+				shown[metricPrefix+name] = field(framework.TypeMap, f.help+" By "+f.labels+".")
 			}
 		}
 	}
