@@ -1284,7 +1284,7 @@ func pathTidy(b *backend) []*framework.Path {
 		"found":    required(number, "Number of accounts and keys whose names have the tag."),
 		"deleted":  required(number, "Number of those that were deleted."),
 		"failed":   required(number, "Number of projects and deletions that failed."),
-		"leftover": required(texts, "IDs of accounts and keys that are due and still there, at most 100."),
+		"leftover": required(texts, "IDs of what is due and still there, also after a dry run; at most 100."),
 		"pending":  required(texts, "IDs of credentials whose revocation failed, to be cleaned up; at most 100."),
 		"errors":   required(texts, "What the pass could not do, at most 10 texts."),
 	}
@@ -1294,7 +1294,7 @@ func pathTidy(b *backend) []*framework.Path {
 	return []*framework.Path{{
 		Pattern: "tidy", DisplayAttrs: display(""),
 		Fields: fieldMap{
-			"dry_run":     defaulted(boolean, false, "Whether to delete nothing: true or false. Default false."),
+			"dry_run":     defaulted(boolean, false, "Whether to only list what is due: true or false. Default false."),
 			"mount_id":    field(text, "The mount_id of a lost mount, to delete what it left. Default: this mount's."),
 			"project_ids": field(texts, "IDs of projects to look through. Default: the organization's active ones."),
 		},
@@ -1420,13 +1420,9 @@ Give it an Admin API key with "config", describe what to hand out with "roles/<n
 // The long help texts of the paths.
 const (
 	configHelpDescription = `
-The write is proved at OpenAI before anything is stored, unless verify_connection=false. A later write changes the
-fields that it names and keeps the others. admin_api_key_id must be the id of that very key, since a rotation deletes
-the key with this id. The key itself is never returned.
-
-rotation_period, or rotation_schedule (cron, UTC; with rotation_window if wanted), rotates the key by itself.
-rotation_manager shows who does it: Vault's rotation manager where there is one (Enterprise), else the plugin, which
-looks once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI.
+A write is proved at OpenAI before anything is stored. It changes the fields that it names and keeps the others.
+rotation_manager shows who rotates by rotation_period or rotation_schedule: Vault's rotation manager where there is one
+(Enterprise), else the plugin, which looks once a minute.
 `
 	rotateHelpDescription = `
 Makes a new Admin API key at OpenAI, proves it, stores it, and deletes the old one. Calls that still use the old one
@@ -1435,14 +1431,9 @@ named in a warning and in config's pending_deletion, and is deleted later.
 `
 	roleHelpDescription = `
 A role names the OpenAI project, what its keys may do, how they are called and how long their leases run. There are
-three kinds:
-
-    neither scopes nor service_account_id
-        Each key gets a service account of its own, with all that a member of the project can do.
-    scopes
-        Each key gets a service account of its own (service_account_role), and is restricted to the scopes.
-    service_account_id, with or without scopes
-        Keys are made on this existing account. Revocation deletes the key and never the account.
+three kinds. With neither scopes nor service_account_id, each key gets a service account of its own, with all that a
+member of the project can do. With scopes it also gets one of its own (service_account_role), and is restricted to the
+scopes. With service_account_id, keys are made on this existing account, and revocation never deletes the account.
 
 The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and .DisplayName (of the token that asks), and
 the functions of Vault's user name templates. What is not a letter, digit, - or _ becomes -. A name ends in - and
@@ -1458,13 +1449,11 @@ The name of each account and key that this mount makes tells which mount made it
 a lease of it. A pass lists the accounts and keys of the organization's active projects and deletes those that have
 this mount's mount_id and are past their end by ten minutes, and those whose creation failed although OpenAI carried it
 out. It never deletes an account that a role names, nor anything of another name. A pass runs two to three minutes
-after the plugin's process starts and then each hour. A write runs one now and waits for it up to 30 seconds;
-dry_run=true tells what it would delete, in leftover. With the mount_id of a mount that is lost it deletes what that
-one left and is past its end. A read shows the last pass.
+after the plugin's process starts and then each hour. A write runs one now and waits for it up to 30 seconds. Of a
+mount that is lost it deletes only what is past its end. A read shows the last pass.
 `
 	metricsHelpDescription = `
-With format=prometheus the answer is Prometheus' text format, to be scraped through Vault with a token whose policy may
-read this path; else it is data, by metric and labels. Counters begin at 0 when the plugin's process starts, and each
-Vault node counts what it did itself.
+Prometheus scrapes this through Vault, with a token whose policy may read this path. Counters begin at 0 when the
+plugin's process starts, and each Vault node counts what it did itself.
 `
 )
