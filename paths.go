@@ -190,9 +190,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	if err != nil {
 		return nil, err
 	}
-	if was == nil {
-		was = &config{}
-	}
+	was = cmp.Or(was, &config{})
 	cfg := *was
 	if err := cfg.update(d); err != nil {
 		return logical.ErrorResponse(err.Error()), nil
@@ -339,14 +337,12 @@ func parseEndpoint(s string) (string, error) {
 	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
 	}
-	if port := u.Port(); port != "" {
-		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-			return "", errors.New("api_endpoint has a port that is not 1 to 65535")
-		}
-	}
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "443"), 10, 16)
 	ip := net.ParseIP(u.Hostname())
 	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 	switch {
+	case err != nil || port == 0:
+		return "", errors.New("api_endpoint has a port that is not 1 to 65535")
 	case u.User != nil || strings.ContainsAny(s, "?#") || slices.Contains(strings.Split(u.Path, "/"), ".."):
 		return "", errors.New("api_endpoint must not have user information, a query, a fragment or .. in its path")
 	case u.Scheme != "https" && (u.Scheme != "http" || !loopback):
