@@ -225,7 +225,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) +
 			" and no rotation is scheduled: rotate or replace it before")
 	}
-	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, was, &cfg); err != nil {
+	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, &cfg); err != nil {
 		return nil, err
 	}
 	if cfg.RotationManager != managerVault && cfg.RotationPolicy != "" {
@@ -234,7 +234,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	err = putJSON(ctx, req.Storage, configPath, &cfg)
 	b.setClient(nil) // also after an error: it may have been stored
 	if err != nil {
-		return nil, errors.Join(err, b.reregister(ctx, req, &cfg))
+		return nil, errors.Join(err, b.reregister(ctx, req))
 	}
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
 	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
@@ -358,13 +358,13 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	if err != nil || cfg == nil {
 		return nil, err
 	}
-	if _, err := b.registerRotation(ctx, req.MountPoint, cfg, &config{}); err != nil {
+	if _, err := b.registerRotation(ctx, req.MountPoint, &config{}); err != nil {
 		return nil, err
 	}
 	err = req.Storage.Delete(ctx, configPath)
 	b.setClient(nil)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req, &config{}))
+		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req))
 	}
 	b.report(ctx, req, "config-delete", nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
@@ -374,13 +374,13 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	return resp, nil
 }
 
-// reregister arranges the rotation of what is stored after all, when storing tried has failed.
-func (b *backend) reregister(ctx context.Context, req *logical.Request, tried *config) error {
+// reregister arranges the rotation of what is stored after all, when storing something else has failed.
+func (b *backend) reregister(ctx context.Context, req *logical.Request) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	cfg, err := getConfig(ctx, req.Storage)
 	if err == nil {
-		_, err = b.registerRotation(ctx, req.MountPoint, tried, cmp.Or(cfg, &config{}))
+		_, err = b.registerRotation(ctx, req.MountPoint, cmp.Or(cfg, &config{}))
 	}
 	return err
 }

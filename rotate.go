@@ -123,15 +123,13 @@ func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
 	return longest
 }
 
-// registerRotation arranges who rotates cfg's key on schedule and returns the manager.
-func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, cfg *config) (string, error) {
+// registerRotation arranges who rotates cfg's key on schedule and returns the manager. As in Vault's own engines, a job
+// is deregistered whether or not there was one.
+func (b *backend) registerRotation(ctx context.Context, mountPoint string, cfg *config) (string, error) {
 	if cfg.ShouldDeregisterRotationJob() {
-		if was.RotationManager == managerVault || was.RotationManager == "" && was.HasNonzeroRotationValues() {
-			job := &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath}
-			err := b.System().DeregisterRotationJob(ctx, job)
-			if err != nil && !noRotationManager(err) {
-				return "", fmt.Errorf("deregistering rotation job: %w", err)
-			}
+		job := &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath}
+		if err := b.System().DeregisterRotationJob(ctx, job); err != nil && !noRotationManager(err) {
+			return "", fmt.Errorf("deregistering rotation job: %w", err)
 		}
 		return managerNone, nil
 	}
@@ -394,7 +392,7 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 		}
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
-		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
+		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg); err == nil {
 			err = putJSON(ctx, req.Storage, configPath, cfg)
 		}
 		if err != nil {
