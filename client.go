@@ -93,7 +93,7 @@ func (t *throttle) lane(name string) *lane {
 	defer t.mu.Unlock()
 	if t.lanes[name] == nil {
 		l := &lane{slots: make(chan struct{}, maxCalls), gate: make(chan struct{}, 1), calls: firstCalls}
-		for range firstCalls {
+		for range maxCalls - firstCalls {
 			l.slots <- struct{}{}
 		}
 		t.lanes[name] = l
@@ -104,7 +104,7 @@ func (t *throttle) lane(name string) *lane {
 // lane is the queue of an endpoint's calls. When OpenAI says that its rate limit is reached, they wait together, and
 // then go on in the order in which they came.
 type lane struct {
-	slots chan struct{} // holds one for each call that may begin
+	slots chan struct{} // holds one for each call under way, and for each that may not be yet
 	gate  chan struct{} // holds one while a call waits for its turn or, if untold, for its answer; the next ones queue
 
 	mu       sync.Mutex    // guards what follows
@@ -163,9 +163,9 @@ func (l *lane) noTurn(err error) error {
 func (l *lane) passed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.calls < maxCalls && len(l.slots) == 0 && l.untold == 0 {
+	if l.calls < maxCalls && len(l.slots) == maxCalls && l.untold == 0 {
 		l.calls++
-		l.slots <- struct{}{}
+		<-l.slots
 	}
 	if l.interval -= l.interval / 50; l.interval < time.Millisecond {
 		l.interval = 0
@@ -345,12 +345,10 @@ var (
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are of type *apiError.
 func (c *client) do(ctx context.Context, op call) error {
 	l := c.throttle.lane(op.name)
-	select {
-	case <-l.slots:
-		defer func() { l.slots <- struct{}{} }()
-	case <-ctx.Done():
-		return l.noTurn(ctx.Err())
+	if err := put(ctx, l.slots); err != nil {
+		return l.noTurn(err)
 	}
+	defer func() { <-l.slots }()
 	backoff, held := minBackoff, false
 	release := func() {
 		if held {
