@@ -56,32 +56,26 @@ const (
 // config is the storage entry "config". The older plugin's entry has the fields up to and including
 // AutomatedRotationParams.
 type config struct {
-	AdminAPIKey    string `json:"admin_api_key"`
-	AdminAPIKeyID  string `json:"admin_api_key_id"` // empty in entries of the earliest versions
-	APIEndpoint    string `json:"api_endpoint"`     // without a trailing slash
-	OrganizationID string `json:"organization_id"`
-	// LastRotatedTime is when the key was written or rotated.
-	LastRotatedTime time.Time `json:"last_rotated_time"`
+	AdminAPIKey     string    `json:"admin_api_key"`
+	AdminAPIKeyID   string    `json:"admin_api_key_id"` // empty in entries of the earliest versions
+	APIEndpoint     string    `json:"api_endpoint"`     // without a trailing slash
+	OrganizationID  string    `json:"organization_id"`
+	LastRotatedTime time.Time `json:"last_rotated_time"` // when the key was written or rotated
 	automatedrotationutil.AutomatedRotationParams
 
 	// RotationManager is who rotates on schedule: one of the manager constants of rotate.go; empty in the older
 	// plugin's entries.
-	RotationManager string `json:"rotation_manager,omitempty"`
-	// Creating are the admin keys that rotations began to make and of which it is not known whether OpenAI made them.
-	Creating []creatingKey `json:"creating,omitempty"`
-	// PendingDeletion are the ids of replaced admin keys that OpenAI still has.
-	PendingDeletion []string `json:"pending_deletion,omitempty"`
-	// Rotated tells that a rotation of this mount made the key.
-	Rotated bool `json:"rotated,omitempty"`
+	RotationManager string        `json:"rotation_manager,omitempty"`
+	Rotated         bool          `json:"rotated,omitempty"`          // a rotation of this mount made the key
+	PendingDeletion []string      `json:"pending_deletion,omitempty"` // ids of replaced keys that OpenAI still has
+	Creating        []creatingKey `json:"creating,omitempty"`         // begun by rotations; OpenAI may have them or not
+	AdminKeyTTL     time.Duration `json:"admin_key_ttl,omitempty"`    // of keys that rotation makes; 0: without end
+	AdminKeyExpires time.Time     `json:"admin_key_expires,omitzero"` // at OpenAI; zero: never, or not known
 	// CACertificate, ClientCertificate and ClientKey are PEM for TLS with OpenAI; empty: the system's authorities
 	// alone, and no certificate of our own.
 	CACertificate     string `json:"ca_certificate,omitempty"`
 	ClientCertificate string `json:"client_certificate,omitempty"`
 	ClientKey         string `json:"client_key,omitempty"`
-	// AdminKeyTTL is the life of the keys that rotation makes; 0: without end.
-	AdminKeyTTL time.Duration `json:"admin_key_ttl,omitempty"`
-	// AdminKeyExpires is when OpenAI expires the present key; zero: never, or not known.
-	AdminKeyExpires time.Time `json:"admin_key_expires,omitzero"`
 }
 
 // creatingKey is an admin key that is stored before OpenAI is asked to make it.
@@ -100,11 +94,9 @@ type role struct {
 	MaxTTL                     time.Duration `json:"max_ttl"` // nanoseconds
 
 	// UnexpiringKeys is the opposite of enforce_key_expiry, so that its absence in an older entry means the default.
-	UnexpiringKeys bool `json:"unexpiring_keys,omitempty"`
-	// Scopes restrict the keys; none: they can do what their account can.
-	Scopes []string `json:"scopes,omitempty"`
-	// ServiceAccountRole is the role of an account that is made for a scoped key; empty: member.
-	ServiceAccountRole string `json:"service_account_role,omitempty"`
+	UnexpiringKeys     bool     `json:"unexpiring_keys,omitempty"`
+	Scopes             []string `json:"scopes,omitempty"`               // of the keys; none: all that their account can
+	ServiceAccountRole string   `json:"service_account_role,omitempty"` // of the account of a scoped key; empty: member
 	// ServiceAccountID is the account that keys are made on; empty: each key has its own. ServiceAccountName is what
 	// OpenAI called it when the role was written.
 	ServiceAccountID   string `json:"service_account_id,omitempty"`
