@@ -157,21 +157,21 @@ func noRotationManager(err error) bool {
 // nextRotation returns when the key is due: a time that has passed when it is overdue, zero for never. With a window,
 // times whose window had closed before now are left out.
 func (cfg *config) nextRotation(now time.Time) time.Time {
-	if cfg.DisableAutomatedRotation || !cfg.HasNonzeroRotationValues() {
+	if cfg.ShouldDeregisterRotationJob() {
 		return time.Time{}
 	}
 	last := cfg.LastRotatedTime
-	schedule := &rotation.RotationSchedule{RotationSchedule: cfg.RotationSchedule, RotationPeriod: cfg.RotationPeriod}
-	if cfg.RotationSchedule != "" {
-		var err error
-		if schedule.Schedule, err = rotation.DefaultScheduler.Parse(cfg.RotationSchedule); err != nil {
-			return time.Time{} // refused when it is written
-		}
-		if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
-			last = opened
-		}
+	if cfg.RotationPeriod != 0 {
+		return last.Add(cfg.RotationPeriod)
 	}
-	return rotation.DefaultScheduler.NextRotationTimeFromInput(schedule, last.UTC())
+	schedule, err := rotation.DefaultScheduler.Parse(cfg.RotationSchedule)
+	if err != nil {
+		return time.Time{} // refused when it is written
+	}
+	if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
+		last = opened
+	}
+	return schedule.Next(last.UTC())
 }
 
 func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
