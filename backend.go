@@ -118,7 +118,7 @@ type lease struct {
 
 	// Of an account or key while it is made, or found in a list:
 	Name string    `json:"-"`
-	Seen time.Time `json:"-"` // in a list: see listAll
+	At   time.Time `json:"-"` // when its creation was lost, or when it was in a list: see listAll
 }
 
 // Where the entries are, and defaults of what is in them.
@@ -313,7 +313,7 @@ type backend struct {
 	roleMu sync.Mutex // held while a role is compared with what is stored, and written
 
 	lostMu sync.Mutex
-	lost   map[string]lostCreate // creates whose answer was lost, by name, at most maxLost. Guarded by lostMu.
+	lost   map[string]lease // creates of which OpenAI may have made something, or may yet, by name. Guarded by lostMu.
 
 	lifetime context.Context      // ends with Clean
 	lastPass atomic.Pointer[pass] // the last full pass of tidy that ended; nil: none
@@ -334,7 +334,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b := &backend{mountID: mountID, transport: transport, throttle: newThrottle(), metrics: newMetrics()}
-	b.lost, b.nextPass = map[string]lostCreate{}, time.Now().Add(firstPass)
+	b.lost, b.nextPass = map[string]lease{}, time.Now().Add(firstPass)
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
 		return err != nil || strings.HasPrefix(env.GetVaultVersionMetadata(), "ent")

@@ -744,7 +744,7 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
 			func(a serviceAccount, now time.Time) {
 				if wanted(a.Name) && validID(a.ID) {
-					found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, Seen: now})
+					found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, At: now})
 				}
 			})
 		return found, err
@@ -754,7 +754,7 @@ func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bo
 	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
 		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
 			found = append(found, lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true,
-				Name: k.Name, Seen: now})
+				Name: k.Name, At: now})
 		}
 	})
 	return found, err

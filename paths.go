@@ -1036,14 +1036,8 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) (e
 	return s.Delete(ctx, cleanupPrefix+id)
 }
 
-// lostCreate is a create that failed and of which OpenAI may have made something, or may yet.
-type lostCreate struct {
-	lease
-	since time.Time
-}
-
 const (
-	maxLost       = 1000
+	maxLost       = 1000             // creates that are remembered
 	searchTime    = 10 * time.Minute // so long a lost create is looked for at each tick,
 	lostTime      = 24 * time.Hour   // and so long by each full pass: OpenAI may carry it out late
 	firstPass     = 2 * time.Minute  // after the process started
@@ -1061,27 +1055,28 @@ const (
 func (b *backend) addLost(l *lease) {
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
-	if len(b.lost) < maxLost {
-		b.lost[l.Name] = lostCreate{*l, time.Now()}
-	} else {
+	if len(b.lost) >= maxLost {
 		b.Logger().Error("too many lost creates: this one stays until its end", "name", l.Name)
+		return
 	}
+	l.At = time.Now()
+	b.lost[l.Name] = *l
 }
 
 // lostSince returns the lost creates that are not older than age, and forgets those that are older than lostTime.
-func (b *backend) lostSince(age time.Duration) map[string]lostCreate {
+func (b *backend) lostSince(age time.Duration) map[string]lease {
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
-	maps.DeleteFunc(b.lost, func(_ string, l lostCreate) bool { return time.Since(l.since) > lostTime })
+	maps.DeleteFunc(b.lost, func(_ string, l lease) bool { return time.Since(l.At) > lostTime })
 	found := maps.Clone(b.lost)
-	maps.DeleteFunc(found, func(_ string, l lostCreate) bool { return time.Since(l.since) > age })
+	maps.DeleteFunc(found, func(_ string, l lease) bool { return time.Since(l.At) > age })
 	return found
 }
 
 // pass is one run of tidy over projects.
 type pass struct {
-	mountID string                // the tag that is looked for; empty: only what is lost
-	lost    map[string]lostCreate // creates of this mount that are looked for by their names
+	mountID string           // the tag that is looked for; empty: only what is lost
+	lost    map[string]lease // creates of this mount that are looked for by their names
 	dryRun  bool
 
 	started, finished time.Time
@@ -1118,9 +1113,9 @@ func (p *pass) due(l *lease) bool {
 	if _, ok := p.lost[l.Name]; ok {
 		return true
 	}
-	p.undated = p.undated || l.Seen.IsZero()
+	p.undated = p.undated || l.At.IsZero()
 	_, end, _ := parseName(l.Name)
-	return end.Add(tidyMargin).Before(l.Seen)
+	return end.Add(tidyMargin).Before(l.At)
 }
 
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
