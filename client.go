@@ -603,9 +603,8 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 // remove deletes what is at path and checks that OpenAI says so. What is gone already is no error, in whatever words
 // the DELETE is refused: a GET then answers 404, while one of what must be there, present, does not fail.
 func (c *client) remove(ctx context.Context, kind, path string, present func() error) error {
-	type answer struct{ Deleted bool }
 	_, err := ask(ctx, c, call{name: "delete_" + kind, method: http.MethodDelete, path: path, repeatable: true},
-		func(a *answer) bool { return a.Deleted })
+		func(a *struct{ Deleted bool }) bool { return a.Deleted })
 	if isNotFound(err) {
 		return nil
 	}

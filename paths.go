@@ -338,8 +338,7 @@ func parseEndpoint(s string) (string, error) {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
 	}
 	port, err := strconv.ParseUint(cmp.Or(u.Port(), "443"), 10, 16)
-	ip := net.ParseIP(u.Hostname())
-	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+	loopback := u.Hostname() == "localhost" || net.ParseIP(u.Hostname()).IsLoopback()
 	switch {
 	case err != nil || port == 0:
 		return "", errors.New("api_endpoint has a port that is not 1 to 65535")
@@ -639,8 +638,6 @@ var (
 		`base64.*base64`)
 )
 
-const maxTemplateLength = 256 // bytes
-
 // boundedRandom and boundedReplace take the place of functions that Vault's templates have.
 func boundedRandom(n int) (string, error) {
 	if n < 1 || n > maxNameLength {
@@ -659,7 +656,7 @@ func boundedReplace(find, replacement, s string) (string, error) {
 // renderName makes a name that OpenAI takes and that ends in "-" and the suffix: what is not a letter, digit, - or _
 // becomes -, and what is too long is cut before the suffix.
 func renderName(raw string, data nameData) (string, error) {
-	if len(raw) > maxTemplateLength || endlessTemplate.MatchString(raw) {
+	if len(raw) > 256 || endlessTemplate.MatchString(raw) {
 		return "", errors.New("must be at most 256 bytes, without range, define, template, print, html, js, urlquery")
 	}
 	t, err := template.NewTemplate(template.Template(raw),
