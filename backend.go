@@ -364,32 +364,29 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 	return b
 }
 
-// invalidInput is the framework's error for a value of the wrong type, which it quotes.
-var invalidInput = regexp.MustCompile(`^Field validation failed: error converting input for field "([a-z_]+)"`)
-
-// HandleRequest bounds every request: Vault gives most of them no deadline of their own.
-func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
+// HandleRequest bounds every request: Vault gives most of them no deadline of their own. It refuses values of the wrong
+// type before the framework does, whose error would quote them: one may be a key.
+func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	maps.DeleteFunc(req.Data, func(_ string, v any) bool { return v == nil }) // null is the same as not named
+	d := &framework.FieldData{Raw: req.Data}
 	if path := b.Route(req.Path); path != nil {
-		for name, field := range path.Fields {
-			if field.Type == framework.TypeBool && req.Data[name] == "" { // the framework would take it for false
-				return logical.ErrorResponse("%s does not take this value: %s", name, field.Description), nil
-			}
+		d.Schema = path.Fields
+	}
+	for name, field := range d.Schema {
+		_, _, err := d.GetOkErr(name)
+		if err != nil || field.Type == framework.TypeBool && req.Data[name] == "" { // the framework takes it for false
+			resp = logical.ErrorResponse("%s does not take this value: %s", name, field.Description)
 		}
 	}
-	resp, err := b.Backend.HandleRequest(ctx, req)
-	if err != nil || !resp.IsError() {
-		return resp, err
+	if resp == nil {
+		resp, err = b.Backend.HandleRequest(ctx, req)
 	}
-	// A value of the wrong type may be a key: say what is allowed instead.
-	if m := invalidInput.FindStringSubmatch(resp.Error().Error()); m != nil {
-		field := b.Route(req.Path).Fields[m[1]]
-		resp = logical.ErrorResponse("%s does not take this value: %s", m[1], field.Description)
+	if err == nil && resp.IsError() {
+		b.Logger().Debug("request refused", "path", req.Path, "operation", req.Operation, "error", resp.Error())
 	}
-	b.Logger().Debug("request refused", "path", req.Path, "operation", req.Operation, "error", resp.Error())
-	return resp, nil
+	return resp, err
 }
 
 // HandleExistenceCheck leaves a value of the wrong type for HandleRequest to refuse: the framework's own error would
