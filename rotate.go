@@ -327,23 +327,21 @@ func (cfg *config) creatingNames() []string {
 	return names
 }
 
-// creatingDue returns the names of those that are to be looked for: of config's organization, and of no rotation that
-// may be under way on another node.
-func (cfg *config) creatingDue() (names []string) {
+// seekCreating deletes the admin keys that a rotation began to make, unless config holds them, and takes off cfg's list
+// what was found. What is not found stays on it for lostTime, by OpenAI's clock, since OpenAI may carry it out late.
+// The caller holds configMu.
+func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client) error {
+	var due []string // names, but none of another organization, nor of a rotation that may be under way on another node
 	for _, k := range cfg.Creating {
 		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since) > creatingRest {
-			names = append(names, k.Name)
+			due = append(due, k.Name)
 		}
 	}
-	return names
-}
-
-// seekCreating deletes the admin keys of these names, which a rotation began to make, unless config holds them, and
-// takes off cfg's list what was found. What is not found stays on it for lostTime, by OpenAI's clock, since
-// OpenAI may carry it out late. The caller holds configMu.
-func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client, names []string) error {
+	if len(due) == 0 {
+		return nil
+	}
 	found := map[string]bool{}
-	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(names, k.Name) })
+	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(due, k.Name) })
 	if err != nil {
 		return fmt.Errorf("looking for admin API keys that a rotation began to make: %w", err)
 	}
@@ -386,10 +384,8 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	tidyCtx, cancel := context.WithTimeout(ctx, tickTimeout/3) // leaves time for the rest
 	defer cancel()
 	b.deletePending(tidyCtx, req.Storage, cfg, c)
-	if due := cfg.creatingDue(); len(due) > 0 {
-		if err := b.seekCreating(tidyCtx, req.Storage, cfg, c, due); err != nil {
-			b.Logger().Warn("will be tried again", "error", err)
-		}
+	if err := b.seekCreating(tidyCtx, req.Storage, cfg, c); err != nil {
+		b.Logger().Warn("will be tried again", "error", err)
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
 		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg); err == nil {
