@@ -736,17 +736,17 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 	return ask(ctx, c, post("create_api_key", path, in), (*apiKey).created)
 }
 
-// credentialsNamed returns a project's accounts or, with keys, its keys on accounts, whose names are wanted.
-func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bool, wanted func(name string) bool) (
+// credentialsNamed returns a project's accounts, and its keys on accounts, whose names are wanted.
+func (c *client) credentialsNamed(ctx context.Context, projectID string, wanted func(name string) bool) (
 	found []lease, err error) {
-	if !keys {
-		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
-			func(a serviceAccount, now time.Time) {
-				if wanted(a.Name) && validID(a.ID) {
-					found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, At: now})
-				}
-			})
-		return found, err
+	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
+		func(a serviceAccount, now time.Time) {
+			if wanted(a.Name) && validID(a.ID) {
+				found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, At: now})
+			}
+		})
+	if err != nil {
+		return nil, err
 	}
 	// Unless asked for any, keys of accounts without a role may be left out.
 	query := url.Values{"owner_project_access": {"any"}}

@@ -1097,11 +1097,7 @@ func (p *pass) fail(err error) {
 func (p *pass) wants(name string) bool {
 	_, lost := p.lost[name]
 	tag, _, ok := parseName(name)
-	if ok && tag == p.mountID {
-		p.found++
-		return true
-	}
-	return lost
+	return lost || ok && tag == p.mountID
 }
 
 // due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
@@ -1118,19 +1114,17 @@ func (p *pass) due(l *lease) bool {
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
-	var found, list []lease
-	for _, keys := range []bool{false, true} {
-		err := b.useClient(ctx, s, organization, func(c *client) (err error) {
-			if list, err = c.credentialsNamed(ctx, id, keys, p.wants); c.projectGone(ctx, id, err) {
-				return nil
-			}
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("project %s: %w", id, err)
+	var found []lease
+	err := b.useClient(ctx, s, organization, func(c *client) (err error) {
+		if found, err = c.credentialsNamed(ctx, id, p.wants); c.projectGone(ctx, id, err) {
+			return nil
 		}
-		found = append(found, list...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("project %s: %w", id, err)
 	}
+	p.found += len(found)
 	inUse := map[string]bool{} // accounts, by their ids
 	for _, l := range found {
 		inUse[l.ServiceAccountID] = inUse[l.ServiceAccountID] || l.KeyOnly && !p.due(&l)
