@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"regexp"
 	"runtime"
@@ -38,6 +39,7 @@ const (
 	requestTimeout = 75 * time.Second
 	attemptTimeout = 25 * time.Second // one exchange with OpenAI
 	undoTimeout    = 10 * time.Second // to undo a create that failed, after its request has ended
+	tickTimeout    = 30 * time.Second // the work of a tick: Vault's state lock is held meanwhile
 
 	// keyGrace is how long OpenAI lets a key live after its lease's end, for clocks that differ and answers that are
 	// slow: OpenAI counts from when it gets the request, Vault counts the lease from the plugin's answer.
@@ -54,32 +56,26 @@ const (
 // config is the storage entry "config". The older plugin's entry has the fields up to and including
 // AutomatedRotationParams.
 type config struct {
-	AdminAPIKey    string `json:"admin_api_key"`
-	AdminAPIKeyID  string `json:"admin_api_key_id"` // empty in entries of the earliest versions
-	APIEndpoint    string `json:"api_endpoint"`     // without a trailing slash
-	OrganizationID string `json:"organization_id"`
-	// LastRotatedTime is when the key was written or rotated.
-	LastRotatedTime time.Time `json:"last_rotated_time"`
+	AdminAPIKey     string    `json:"admin_api_key"`
+	AdminAPIKeyID   string    `json:"admin_api_key_id"` // empty in entries of the earliest versions
+	APIEndpoint     string    `json:"api_endpoint"`     // without a trailing slash
+	OrganizationID  string    `json:"organization_id"`
+	LastRotatedTime time.Time `json:"last_rotated_time"` // when the key was written or rotated
 	automatedrotationutil.AutomatedRotationParams
 
 	// RotationManager is who rotates on schedule: one of the manager constants of rotate.go; empty in the older
 	// plugin's entries.
-	RotationManager string `json:"rotation_manager,omitempty"`
-	// Creating are the admin keys that rotations began to make and of which it is not known whether OpenAI made them.
-	Creating []creatingKey `json:"creating,omitempty"`
-	// PendingDeletion are the ids of replaced admin keys that OpenAI still has.
-	PendingDeletion []string `json:"pending_deletion,omitempty"`
-	// Rotated tells that a rotation of this mount made the key.
-	Rotated bool `json:"rotated,omitempty"`
+	RotationManager string        `json:"rotation_manager,omitempty"`
+	Rotated         bool          `json:"rotated,omitempty"`          // a rotation of this mount made the key
+	PendingDeletion []string      `json:"pending_deletion,omitempty"` // ids of replaced keys that OpenAI still has
+	Creating        []creatingKey `json:"creating,omitempty"`         // begun by rotations; OpenAI may have them or not
+	AdminKeyTTL     time.Duration `json:"admin_key_ttl,omitempty"`    // of keys that rotation makes; 0: without end
+	AdminKeyExpires time.Time     `json:"admin_key_expires,omitzero"` // at OpenAI; zero: never, or not known
 	// CACertificate, ClientCertificate and ClientKey are PEM for TLS with OpenAI; empty: the system's authorities
 	// alone, and no certificate of our own.
 	CACertificate     string `json:"ca_certificate,omitempty"`
 	ClientCertificate string `json:"client_certificate,omitempty"`
 	ClientKey         string `json:"client_key,omitempty"`
-	// AdminKeyTTL is the life of the keys that rotation makes; 0: without end.
-	AdminKeyTTL time.Duration `json:"admin_key_ttl,omitempty"`
-	// AdminKeyExpires is when OpenAI expires the present key; zero: never, or not known.
-	AdminKeyExpires time.Time `json:"admin_key_expires,omitzero"`
 }
 
 // creatingKey is an admin key that is stored before OpenAI is asked to make it.
@@ -98,18 +94,17 @@ type role struct {
 	MaxTTL                     time.Duration `json:"max_ttl"` // nanoseconds
 
 	// UnexpiringKeys is the opposite of enforce_key_expiry, so that its absence in an older entry means the default.
-	UnexpiringKeys bool `json:"unexpiring_keys,omitempty"`
-	// Scopes restrict the keys; none: they can do what their account can.
-	Scopes []string `json:"scopes,omitempty"`
-	// ServiceAccountRole is the role of an account that is made for a scoped key; empty: member.
-	ServiceAccountRole string `json:"service_account_role,omitempty"`
+	UnexpiringKeys     bool     `json:"unexpiring_keys,omitempty"`
+	Scopes             []string `json:"scopes,omitempty"`               // of the keys; none: all that their account can
+	ServiceAccountRole string   `json:"service_account_role,omitempty"` // of the account of a scoped key; empty: member
 	// ServiceAccountID is the account that keys are made on; empty: each key has its own. ServiceAccountName is what
 	// OpenAI called it when the role was written.
 	ServiceAccountID   string `json:"service_account_id,omitempty"`
 	ServiceAccountName string `json:"service_account_name,omitempty"`
 }
 
-// lease is the internal data of a lease. The older plugin wrote the first three fields.
+// lease tells what to delete at OpenAI. It is the internal data of a lease, of which the older plugin wrote the first
+// three fields, and the storage entry "cleanup/<id>" of a credential that could not be deleted yet.
 type lease struct {
 	APIKeyID         string `json:"api_key_id"`
 	ServiceAccountID string `json:"service_account_id"`
@@ -119,13 +114,11 @@ type lease struct {
 	KeyExpires       bool   `json:"key_expires,omitempty"` // OpenAI expires the key, so that a renewal must move that
 	KeyOnly          bool   `json:"key_only,omitempty"`    // revocation deletes the key and leaves the account
 	End              int64  `json:"end,omitempty"`         // Unix seconds of the end that the name has
-	Name             string `json:"-"`                     // of the account or key while it is made, or found in a list
-}
+	Failures         int    `json:"failures,omitempty"`    // revocations that failed; of a clean-up entry
 
-// cleanup is the storage entry "cleanup/<id>" of a credential that could not be deleted yet.
-type cleanup struct {
-	lease
-	Failures int `json:"failures"` // failed revocations
+	// Of an account or key while it is made, or found in a list:
+	Name string    `json:"-"`
+	At   time.Time `json:"-"` // when its creation was lost, or when it was in a list: see listAll
 }
 
 // Where the entries are, and defaults of what is in them.
@@ -320,7 +313,7 @@ type backend struct {
 	roleMu sync.Mutex // held while a role is compared with what is stored, and written
 
 	lostMu sync.Mutex
-	lost   map[string]lostCreate // creates whose answer was lost, by name, at most maxLost. Guarded by lostMu.
+	lost   map[string]lease // creates of which OpenAI may have made something, or may yet, by name. Guarded by lostMu.
 
 	lifetime context.Context      // ends with Clean
 	lastPass atomic.Pointer[pass] // the last full pass of tidy that ended; nil: none
@@ -341,7 +334,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b := &backend{mountID: mountID, transport: transport, throttle: newThrottle(), metrics: newMetrics()}
-	b.lost, b.nextPass = map[string]lostCreate{}, time.Now().Add(firstPass)
+	b.lost, b.nextPass = map[string]lease{}, time.Now().Add(firstPass)
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
 		return err != nil || strings.HasPrefix(env.GetVaultVersionMetadata(), "ent")
@@ -371,43 +364,36 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 	return b
 }
 
-// invalidInput is the framework's error for a value of the wrong type, which it quotes.
-var invalidInput = regexp.MustCompile(`^Field validation failed: error converting input for field "([a-z_]+)"`)
-
-// HandleRequest bounds every request: Vault gives most of them no deadline of their own.
-func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (*logical.Response, error) {
-	timeout := requestTimeout
-	if req.Operation == logical.RollbackOperation {
-		timeout = tickTimeout
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+// HandleRequest bounds every request: Vault gives most of them no deadline of their own. It refuses values of the wrong
+// type before the framework does, whose error would quote them: one may be a key.
+func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp *logical.Response, err error) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	maps.DeleteFunc(req.Data, func(_ string, v any) bool { return v == nil }) // null is the same as not named
+	d := &framework.FieldData{Raw: req.Data}
 	if path := b.Route(req.Path); path != nil {
-		for name, field := range path.Fields {
-			if field.Type == framework.TypeBool && req.Data[name] == "" { // the framework would take it for false
-				return logical.ErrorResponse("%s does not take this value: %s", name, field.Description), nil
-			}
+		d.Schema = path.Fields
+	}
+	for name, field := range d.Schema {
+		_, _, err := d.GetOkErr(name)
+		if err != nil || field.Type == framework.TypeBool && req.Data[name] == "" { // the framework takes it for false
+			resp = logical.ErrorResponse("%s does not take this value: %s", name, field.Description)
 		}
 	}
-	resp, err := b.Backend.HandleRequest(ctx, req)
-	if err != nil || !resp.IsError() {
-		return resp, err
+	if resp == nil {
+		resp, err = b.Backend.HandleRequest(ctx, req)
 	}
-	// A value of the wrong type may be a key: say what is allowed instead.
-	if m := invalidInput.FindStringSubmatch(resp.Error().Error()); m != nil {
-		field := b.Route(req.Path).Fields[m[1]]
-		resp = logical.ErrorResponse("%s does not take this value: %s", m[1], field.Description)
+	if err == nil && resp.IsError() {
+		b.Logger().Debug("request refused", "path", req.Path, "operation", req.Operation, "error", resp.Error())
 	}
-	b.Logger().Debug("request refused", "path", req.Path, "operation", req.Operation, "error", resp.Error())
-	return resp, nil
+	return resp, err
 }
 
 // HandleExistenceCheck leaves a value of the wrong type for HandleRequest to refuse: the framework's own error would
 // quote it.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checked, exists bool, err error) {
 	checked, exists, err = b.Backend.HandleExistenceCheck(ctx, req)
-	if invalid := (errutil.UserError{}); errors.As(err, &invalid) {
+	if _, invalid := errors.AsType[errutil.UserError](err); invalid {
 		return true, true, nil
 	}
 	return checked, exists, err
@@ -427,11 +413,10 @@ func (b *backend) setClient(c *client) {
 	b.client = c
 }
 
-// tickTimeout bounds the work of one tick: Vault's state lock is held meanwhile.
-const tickTimeout = 30 * time.Second
-
 // periodic is called by Vault about every minute, on every node. Its errors are only logged: Vault would drop them.
 func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
+	ctx, cancel := context.WithTimeout(ctx, tickTimeout)
+	defer cancel()
 	if b.WriteSafeReplicationState() {
 		b.rotatePeriodically(ctx, req)
 	}
@@ -484,52 +469,48 @@ func result(err error) string {
 
 const metricPrefix = "vault_openai_"
 
-// family is a metric as the metrics path shows it. Its name lacks metricPrefix.
+// family is a metric as the metrics path shows it. Its name lacks metricPrefix; labels are their names.
 type family struct {
-	name, kind, help string
-	labels           []string
+	name, kind, help, labels string
 }
 
 var families = []family{
-	{"credential_operations_total", "counter", "Credentials issued, renewed and revoked.",
-		[]string{"role", "operation", "result"}},
-	{"revocations_handed_over_total", "counter", "Revocations that the plugin took over from Vault.", nil},
-	{"api_requests_total", "counter", "Requests sent to OpenAI, retries included, by HTTP status; error: no answer.",
-		[]string{"operation", "status"}},
-	{"api_request_duration_seconds", "histogram", "Duration of a request to OpenAI.", []string{"operation"}},
-	{"api_retries_total", "counter", "Requests repeated, by the HTTP status of the one before; connection: no answer.",
-		[]string{"reason"}},
-	{"api_rate_limit_wait_seconds_total", "counter", "Time that calls spent waiting for OpenAI's rate limit.", nil},
-	{"rotations_total", "counter", "Rotations of the admin API key.", []string{"trigger", "result"}},
-	{"cleanups_total", "counter", "Attempts to clean up credentials.", []string{"result"}},
-	{"tidy_passes_total", "counter", "Full passes of tidy; failure: it could not do all.", []string{"result"}},
-	{"tidy_deletions_total", "counter", "Deletions of what was lost, or past the end in its name.", []string{"result"}},
-	{"tidy_last_pass_timestamp_seconds", "gauge", "When the last full pass of tidy ended; absent: none yet.", nil},
-	{"lost_creates", "gauge", "Creates whose answer was lost, and that tidy looks for.", nil},
-	{"cleanups_pending", "gauge", "Credentials that wait to be cleaned up at OpenAI.", nil},
-	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", nil},
-	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", nil},
-	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", nil},
-	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", nil},
-	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", []string{"version", "goversion"}},
+	{"credential_operations_total", "counter", "Credentials issued, renewed and revoked.", "role, operation, result"},
+	{"revocations_handed_over_total", "counter", "Revocations that the plugin took over from Vault.", ""},
+	{"api_requests_total", "counter", "Requests to OpenAI, retries included; error: no answer.", "operation, status"},
+	{"api_request_duration_seconds", "histogram", "Duration of a request to OpenAI.", "operation"},
+	{"api_retries_total", "counter", "Requests repeated, by the HTTP status before; connection: no answer.", "reason"},
+	{"api_rate_limit_wait_seconds_total", "counter", "Time that calls spent waiting for OpenAI's rate limit.", ""},
+	{"rotations_total", "counter", "Rotations of the admin API key.", "trigger, result"},
+	{"cleanups_total", "counter", "Attempts to clean up credentials.", "result"},
+	{"tidy_passes_total", "counter", "Full passes of tidy; failure: it could not do all.", "result"},
+	{"tidy_deletions_total", "counter", "Deletions of what was lost, or past the end in its name.", "result"},
+	{"tidy_last_pass_timestamp_seconds", "gauge", "When the last full pass of tidy ended; absent: none yet.", ""},
+	{"lost_creates", "gauge", "Creates whose answer was lost, and that tidy looks for.", ""},
+	{"cleanups_pending", "gauge", "Credentials that wait to be cleaned up at OpenAI.", ""},
+	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", ""},
+	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", ""},
+	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", ""},
+	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", ""},
+	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", "version, goversion"},
 }
 
 // durationBuckets are the upper bounds of the histogram's buckets, in seconds.
-var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25}
+var durationBuckets = []float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, math.Inf(1)}
 
-// series are values by name and labels, as Prometheus' text format writes them, without metricPrefix.
-type series map[string]float64
+// series are values by name, without metricPrefix, and by labels as Prometheus' text format has them within its braces.
+type series map[string]map[string]float64
 
-// seriesName returns a name with labels, which are names and values. No value has a quote: a role's name has none.
-func seriesName(name string, labels ...string) string {
-	text := ""
+// add adds n. labels are names and values. No value has a quote: a role's name has none.
+func (s series) add(name string, n float64, labels ...string) {
+	var text []string
 	for i := 0; i+1 < len(labels); i += 2 {
-		text += "," + labels[i] + `="` + labels[i+1] + `"`
+		text = append(text, labels[i]+`="`+labels[i+1]+`"`)
 	}
-	if text != "" {
-		name += "{" + text[1:] + "}"
+	if s[name] == nil {
+		s[name] = map[string]float64{}
 	}
-	return name
+	s[name][strings.Join(text, ",")] += n
 }
 
 // metrics counts what a mount does, since the plugin's process has started.
@@ -541,7 +522,9 @@ type metrics struct {
 // newMetrics returns metrics whose bounded series are there from the start, so that Prometheus sees the first event
 // too.
 func newMetrics() *metrics {
-	m := &metrics{series: series{"revocations_handed_over_total": 0, "api_rate_limit_wait_seconds_total": 0}}
+	m := &metrics{series: series{}}
+	m.add("revocations_handed_over_total", 0)
+	m.add("api_rate_limit_wait_seconds_total", 0)
 	for _, result := range []string{"success", "failure"} {
 		for _, name := range []string{"cleanups_total", "tidy_passes_total", "tidy_deletions_total"} {
 			m.add(name, 0, "result", result)
@@ -557,14 +540,14 @@ func newMetrics() *metrics {
 func (m *metrics) add(name string, n float64, labels ...string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.series[seriesName(name, labels...)] += n
+	m.series.add(name, n, labels...)
 }
 
 // set sets a gauge.
 func (m *metrics) set(name string, value float64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.series[name] = value
+	m.series[name] = map[string]float64{"": value}
 }
 
 // observe counts a request to OpenAI that took d.
@@ -575,36 +558,37 @@ func (m *metrics) observe(operation string, d time.Duration) {
 			m.add(name+"_bucket", 1, "operation", operation, "le", fmt.Sprint(bound))
 		}
 	}
-	m.add(name+"_bucket", 1, "operation", operation, "le", "+Inf")
 	m.add(name+"_sum", d.Seconds(), "operation", operation)
 	m.add(name+"_count", 1, "operation", operation)
 }
 
 // gather returns all there is to show.
 func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error) {
+	all := series{}
 	b.metrics.mu.Lock()
-	all := maps.Clone(b.metrics.series)
+	for name, values := range b.metrics.series {
+		all[name] = maps.Clone(values)
+	}
 	b.metrics.mu.Unlock()
-	all[seriesName("build_info", "version", version, "goversion", runtime.Version())] = 1
+	all.add("build_info", 1, "version", version, "goversion", runtime.Version())
 	cleanups, err := s.List(ctx, cleanupPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("listing clean-up entries: %w", err)
 	}
-	all["cleanups_pending"] = float64(len(cleanups))
-	all["lost_creates"] = float64(len(b.lostSince(lostTime)))
-	times := map[string]time.Time{}
+	all.add("cleanups_pending", float64(len(cleanups)))
+	all.add("lost_creates", float64(len(b.lostSince(lostTime))))
 	cfg, err := getConfig(ctx, s)
-	if err != nil {
-		return nil, err
+	if err != nil || cfg == nil {
+		return all, err
 	}
-	if cfg != nil {
-		all["admin_keys_pending_deletion"] = float64(len(cfg.PendingDeletion))
-		times["admin_key_last_rotation"], times["admin_key_expiry"] = cfg.LastRotatedTime, cfg.AdminKeyExpires
-		times["admin_key_next_rotation"] = cfg.nextRotation(time.Now())
-	}
-	for name, t := range times {
+	all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
+	for name, t := range map[string]time.Time{
+		"admin_key_last_rotation": cfg.LastRotatedTime,
+		"admin_key_next_rotation": cfg.nextRotation(time.Now()),
+		"admin_key_expiry":        cfg.AdminKeyExpires,
+	} {
 		if !t.IsZero() {
-			all[name+"_timestamp_seconds"] = float64(t.Unix())
+			all.add(name+"_timestamp_seconds", float64(t.Unix()))
 		}
 	}
 	return all, nil
@@ -618,24 +602,16 @@ func (f family) series() []string {
 	return []string{f.name}
 }
 
-// of returns the series of this name by labels, and their labels in order, buckets by their bound.
-func (s series) of(name string) (values map[string]float64, labels []string) {
-	values = map[string]float64{}
-	for text, value := range s {
-		if family, rest, _ := strings.Cut(text, "{"); family == name {
-			values[strings.TrimSuffix(rest, "}")] = value
-		}
-	}
-	bound := func(labels string) (string, float64) {
+// byBound orders labels, those of buckets by their bound.
+func byBound(x, y string) int {
+	split := func(labels string) (others string, bound float64) {
 		others, le, _ := strings.Cut(strings.TrimSuffix(labels, `"`), `,le="`)
-		number, _ := strconv.ParseFloat(le, 64)
-		return others, number
+		bound, _ = strconv.ParseFloat(le, 64)
+		return others, bound
 	}
-	return values, slices.SortedFunc(maps.Keys(values), func(x, y string) int {
-		xOthers, xBound := bound(x)
-		yOthers, yBound := bound(y)
-		return cmp.Or(cmp.Compare(xOthers, yOthers), cmp.Compare(xBound, yBound))
-	})
+	xOthers, xBound := split(x)
+	yOthers, yBound := split(y)
+	return cmp.Or(cmp.Compare(xOthers, yOthers), cmp.Compare(xBound, yBound))
 }
 
 // prometheus writes all in Prometheus' text format, version 0.0.4.
@@ -644,13 +620,10 @@ func (s series) prometheus() []byte {
 	for _, f := range families {
 		header := fmt.Sprintf("# HELP %[1]s %[2]s\n# TYPE %[1]s %[3]s\n", metricPrefix+f.name, f.help, f.kind)
 		for _, name := range f.series() {
-			values, labels := s.of(name)
-			for _, text := range labels {
-				value := strconv.FormatFloat(values[text], 'f', -1, 64)
-				if text != "" {
-					text = "{" + text + "}"
-				}
-				fmt.Fprintf(&out, "%s%s%s%s %s\n", header, metricPrefix, name, text, value)
+			for _, labels := range slices.SortedFunc(maps.Keys(s[name]), byBound) {
+				value := strconv.FormatFloat(s[name][labels], 'f', -1, 64)
+				braces := strings.TrimSuffix("{"+labels+"}", "{}")
+				fmt.Fprintf(&out, "%s%s%s%s %s\n", header, metricPrefix, name, braces, value)
 				header = ""
 			}
 		}

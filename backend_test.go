@@ -1624,7 +1624,7 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 				if took := time.Since(start); (err == nil) != (attempt >= from) || took > 70*time.Second {
 					t.Errorf("attempt %d: got %v after %s, want an error before %d, in 70s", attempt, err, took, from)
 				}
-				var entry cleanup
+				var entry lease
 				_ = json.Unmarshal([]byte(e.Storage.All()[cleanupPrefix+l.id()]), &entry)
 				taken := e.metric("revocations_handed_over_total")
 				lines, over := e.Log.Count("error", l.id()), max(0, attempt-from+1)
@@ -2061,8 +2061,8 @@ func TestClientNothingSent(t *testing.T) {
 			if want == "no answer" { // it was cut off
 				count = "1 attempts, 1 lost"
 			}
-			name := seriesName("api_requests_total", "operation", "create_service_account", "status", "error")
-			same(t, "calls", fmt.Sprint(e.b().metrics.series[name], " attempts, ", len(e.b().lost), " lost"), count)
+			errs := e.b().metrics.series["api_requests_total"][`operation="create_service_account",status="error"`]
+			same(t, "calls", fmt.Sprint(errs, " attempts, ", len(e.b().lost), " lost"), count)
 		})
 	}
 	// A TLS 1.3 server refuses our certificate when the call is on its way.

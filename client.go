@@ -93,7 +93,7 @@ func (t *throttle) lane(name string) *lane {
 	defer t.mu.Unlock()
 	if t.lanes[name] == nil {
 		l := &lane{slots: make(chan struct{}, maxCalls), gate: make(chan struct{}, 1), calls: firstCalls}
-		for range firstCalls {
+		for range maxCalls - firstCalls {
 			l.slots <- struct{}{}
 		}
 		t.lanes[name] = l
@@ -104,7 +104,7 @@ func (t *throttle) lane(name string) *lane {
 // lane is the queue of an endpoint's calls. When OpenAI says that its rate limit is reached, they wait together, and
 // then go on in the order in which they came.
 type lane struct {
-	slots chan struct{} // holds one for each call that may begin
+	slots chan struct{} // holds one for each call under way, and for each that may not be yet
 	gate  chan struct{} // holds one while a call waits for its turn or, if untold, for its answer; the next ones queue
 
 	mu       sync.Mutex    // guards what follows
@@ -148,23 +148,24 @@ func (l *lane) turn(ctx context.Context, held bool) (keeps bool, err error) {
 	return false, err
 }
 
-// cause returns what a call waited for whose time is up.
-func (l *lane) cause() error {
+// noTurn returns the error of a call whose time was up, with err, before its turn came: what it waited for.
+func (l *lane) noTurn(err error) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	cause := errOtherCalls
 	if time.Since(l.until) < time.Minute {
-		return errRateLimit
+		cause = errRateLimit
 	}
-	return errOtherCalls
+	return &apiError{Message: cause.Error() + ": " + err.Error(), err: cause}
 }
 
 // passed counts an attempt that met no rate limit: the pace quickens.
 func (l *lane) passed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.calls < maxCalls && len(l.slots) == 0 && l.untold == 0 {
+	if l.calls < maxCalls && len(l.slots) == maxCalls && l.untold == 0 {
 		l.calls++
-		l.slots <- struct{}{}
+		<-l.slots
 	}
 	if l.interval -= l.interval / 50; l.interval < time.Millisecond {
 		l.interval = 0
@@ -203,10 +204,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
 		return ctx.Err()
 	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(d):
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -251,22 +250,22 @@ func (e *apiError) Unwrap() error { return e.err }
 
 // isStatus tells whether err is OpenAI's answer with one of the statuses.
 func isStatus(err error, statuses ...int) bool {
-	var e *apiError
-	return errors.As(err, &e) && slices.Contains(statuses, e.Status)
+	e, ok := errors.AsType[*apiError](err)
+	return ok && slices.Contains(statuses, e.Status)
 }
 
 // isNotFound tells whether OpenAI itself says that the thing does not exist. At a mistyped endpoint neither the page
 // of some other server nor OpenAI's "Invalid URL" counts.
 func isNotFound(err error) bool {
-	var e *apiError
-	return errors.As(err, &e) && e.Status == http.StatusNotFound && e.Type != "" &&
+	e, ok := errors.AsType[*apiError](err)
+	return ok && e.Status == http.StatusNotFound && e.Type != "" &&
 		!strings.HasPrefix(e.Message, "Invalid URL")
 }
 
 // isRefused tells whether OpenAI judged the request itself and did not carry it out.
 func isRefused(err error) bool {
-	var e *apiError
-	return errors.As(err, &e) && e.Status >= 400 && e.Status < 500 &&
+	e, ok := errors.AsType[*apiError](err)
+	return ok && e.Status >= 400 && e.Status < 500 &&
 		!isStatus(err, http.StatusRequestTimeout, http.StatusConflict)
 }
 
@@ -284,9 +283,9 @@ var (
 
 // notDone tells whether a create that failed certainly had no effect at OpenAI.
 func notDone(err error) bool {
-	var e *apiError
+	e, ok := errors.AsType[*apiError](err)
 	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) ||
-		errors.As(err, &e) && e.Status == 0 && !e.sent
+		ok && e.Status == 0 && !e.sent
 }
 
 var (
@@ -345,61 +344,51 @@ var (
 
 // do makes the call, waiting and retrying as long as ctx allows. Its errors are of type *apiError.
 func (c *client) do(ctx context.Context, op call) error {
-	waiting := func(what error, err error) error {
-		return &apiError{Message: what.Error() + ": " + err.Error(), err: what}
-	}
 	l := c.throttle.lane(op.name)
-	select {
-	case <-l.slots:
-		defer func() { l.slots <- struct{}{} }()
-	case <-ctx.Done():
-		return waiting(l.cause(), ctx.Err())
+	if err := put(ctx, l.slots); err != nil {
+		return l.noTurn(err)
 	}
-	var last error
+	defer func() { <-l.slots }()
 	backoff, held := minBackoff, false
-	defer func() {
+	release := func() {
 		if held {
 			<-l.gate
 		}
-	}()
-	for attempt := 1; ; attempt++ {
+		held = false
+	}
+	defer release()
+	for attempts := 0; ; {
 		start := time.Now()
 		var err error
-		held, err = l.turn(ctx, held)
-		if err != nil && (last == nil || isStatus(last, http.StatusTooManyRequests)) {
-			return waiting(l.cause(), err)
-		} else if err != nil {
-			return last
+		if held, err = l.turn(ctx, held); err != nil {
+			return l.noTurn(err)
 		}
 		if waited := time.Since(start); waited > time.Millisecond {
 			c.metrics.add("api_rate_limit_wait_seconds_total", waited.Seconds())
 		}
 		err = c.attempt(ctx, l, op)
 		limited := isStatus(err, http.StatusTooManyRequests)
-		if held && !limited {
-			<-l.gate
-			held = false
+		if !limited {
+			attempts++
+			release()
 		}
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
 		// Half of the wait is random, so that callers do not come back in step.
 		wait, reason := backoff/2+rand.N(backoff/2), "connection" // #nosec G404 -- no secret depends on it
-		var e *apiError
-		if errors.As(err, &e) && e.Status != 0 {
+		if e, ok := errors.AsType[*apiError](err); ok && e.Status != 0 {
 			reason = strconv.Itoa(e.Status)
 			wait = cmp.Or(e.retryAfter, wait)
 		}
 		deadline, bounded := ctx.Deadline()
 		switch {
-		case !op.retryable(err), !limited && attempt >= maxAttempts, bounded && time.Until(deadline) < wait:
+		case !op.retryable(err), attempts >= maxAttempts, bounded && time.Until(deadline) < wait:
 			return err
-		case limited:
-			attempt--
-		case sleep(ctx, wait) != nil:
+		case !limited && sleep(ctx, wait) != nil:
 			return err
 		}
-		last, backoff = err, min(2*backoff, maxBackoff)
+		backoff = min(2*backoff, maxBackoff)
 		c.metrics.add("api_retries_total", 1, "reason", reason)
 	}
 }
@@ -407,9 +396,9 @@ func (c *client) do(ctx context.Context, op call) error {
 // retryable tells whether the call may be made again after err: the rules of OpenAI's own libraries, but what is not
 // repeatable only if it was not done.
 func (op call) retryable(err error) bool {
-	var e *apiError
+	e, ok := errors.AsType[*apiError](err)
 	switch {
-	case !errors.As(err, &e) || e.shouldRetry == "false":
+	case !ok || e.shouldRetry == "false":
 		return false
 	case e.Status == 0:
 		return op.repeatable || !e.sent
@@ -423,7 +412,7 @@ func (op call) retryable(err error) bool {
 // attempt makes one HTTP exchange in its lane.
 func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	if err := put(ctx, c.throttle.slots); err != nil {
-		return &apiError{Message: errOtherCalls.Error() + ": " + err.Error(), err: errOtherCalls}
+		return l.noTurn(err)
 	}
 	defer func() { <-c.throttle.slots }()
 	start, status := time.Now(), "error"
@@ -460,8 +449,9 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	}
 	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
-		var n *net.OpError // a server may refuse a TLS 1.3 client after that has its connection
-		return c.noAnswer(err, sent && (wrote.Load() || !errors.As(err, &n) || n.Op != "write"))
+		// A server may refuse a TLS 1.3 client after that has its connection.
+		e, ok := errors.AsType[*net.OpError](err)
+		return c.noAnswer(err, sent && (wrote.Load() || !ok || e.Op != "write"))
 	}
 	defer resp.Body.Close()
 	status = strconv.Itoa(resp.StatusCode)
@@ -482,9 +472,8 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 
 // noAnswer describes err, the failure of an exchange, without the request's URL.
 func (c *client) noAnswer(err error, sent bool) error {
-	var u *url.Error
-	if errors.As(err, &u) {
-		err = u.Err
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
 	}
 	text := "no answer from " + c.config.APIEndpoint + ": "
 	if errors.Is(err, context.DeadlineExceeded) {
@@ -614,9 +603,8 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 // remove deletes what is at path and checks that OpenAI says so. What is gone already is no error, in whatever words
 // the DELETE is refused: a GET then answers 404, while one of what must be there, present, does not fail.
 func (c *client) remove(ctx context.Context, kind, path string, present func() error) error {
-	type answer struct{ Deleted bool }
 	_, err := ask(ctx, c, call{name: "delete_" + kind, method: http.MethodDelete, path: path, repeatable: true},
-		func(a *answer) bool { return a.Deleted })
+		func(a *struct{ Deleted bool }) bool { return a.Deleted })
 	if isNotFound(err) {
 		return nil
 	}
@@ -748,31 +736,24 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 	return ask(ctx, c, post("create_api_key", path, in), (*apiKey).created)
 }
 
-// credential is an account or a key on an account, as a list shows it.
-type credential struct {
-	lease           // its ids and its name
-	at    time.Time // when that was: see listAll
-}
-
-// credentialsNamed returns a project's accounts or, with keys, its keys on accounts, whose names are wanted.
-func (c *client) credentialsNamed(ctx context.Context, projectID string, keys bool, wanted func(name string) bool) (
-	found []credential, err error) {
-	if !keys {
-		err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
-			func(a serviceAccount, now time.Time) {
-				if wanted(a.Name) && validID(a.ID) {
-					l := lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name}
-					found = append(found, credential{l, now})
-				}
-			})
-		return found, err
+// credentialsNamed returns a project's accounts, and its keys on accounts, whose names are wanted.
+func (c *client) credentialsNamed(ctx context.Context, projectID string, wanted func(name string) bool) (
+	found []lease, err error) {
+	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
+		func(a serviceAccount, now time.Time) {
+			if wanted(a.Name) && validID(a.ID) {
+				found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, At: now})
+			}
+		})
+	if err != nil {
+		return nil, err
 	}
 	// Unless asked for any, keys of accounts without a role may be left out.
 	query := url.Values{"owner_project_access": {"any"}}
 	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
 		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
-			l := lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true, Name: k.Name}
-			found = append(found, credential{l, now})
+			found = append(found, lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true,
+				Name: k.Name, At: now})
 		}
 	})
 	return found, err
@@ -951,11 +932,7 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, organization
 		if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
 			return err
 		}
-		b.mu.Lock()
-		if b.client == c {
-			b.client = nil // the next one is made from what config holds by then
-		}
-		b.mu.Unlock()
+		b.setClient(nil) // the next one is made from what config holds by then
 	}
 }
 

@@ -12,7 +12,7 @@
 //
 //	config          the admin key and its settings (type config), seal-wrapped
 //	roles/<name>    a role (type role)
-//	cleanup/<id>    a credential that could not be deleted at OpenAI yet (type cleanup)
+//	cleanup/<id>    a credential that could not be deleted at OpenAI yet (type lease)
 package main
 
 import (

@@ -48,8 +48,9 @@ func (cfg *config) toResponseData() map[string]any {
 }
 
 type (
-	fieldMap  = map[string]*framework.FieldSchema // describes the fields of a request or of an answer, by name
-	fieldData = framework.FieldData               // the fields of a request
+	fieldMap   = map[string]*framework.FieldSchema // describes the fields of a request or of an answer, by name
+	fieldData  = framework.FieldData               // the fields of a request
+	operations = map[logical.Operation]framework.OperationHandler
 )
 
 // The types of fields.
@@ -106,6 +107,12 @@ func forwarded(op *framework.PathOperation) *framework.PathOperation {
 	return op
 }
 
+// exists tells whether there is an entry: those of config and of roles have the names of their paths.
+func exists(ctx context.Context, req *logical.Request, _ *fieldData) (bool, error) {
+	entry, err := req.Storage.Get(ctx, req.Path)
+	return entry != nil, err
+}
+
 func pathConfig(b *backend) []*framework.Path {
 	fields := fieldMap{
 		"admin_api_key": secret("Admin API key of the OpenAI organization. Required. Never returned."),
@@ -119,9 +126,15 @@ func pathConfig(b *backend) []*framework.Path {
 		"client_key":         secret("Key in PEM of client_certificate. Never returned. Default: none."),
 		"admin_key_ttl": field(duration, "Life of the admin keys that rotation makes: at least twice the time between "+
 			"scheduled rotations, at most 365 days. Default 0: without end."),
+		// These are parsed by the SDK's helper.
+		"rotation_period":   field(duration, "Time between rotations. Excludes rotation_schedule. Default: none."),
+		"rotation_schedule": field(text, "Times of rotations: cron with five fields, in UTC. Default: none."),
+		"rotation_window":   field(duration, "How late a scheduled rotation may start: at least 1h. Default: none."),
+		"rotation_policy":   field(text, "Name of a rotation policy of Vault Enterprise. Default: none."),
+		"disable_automated_rotation": field(boolean,
+			"Whether the schedule is suspended: true or false. Default false."),
 	}
 	fields["client_key"].Required = false
-	addRotationFields(fields)
 	shown := maps.Clone(fields)
 	delete(shown, "admin_api_key")
 	delete(shown, "client_key")
@@ -134,32 +147,27 @@ func pathConfig(b *backend) []*framework.Path {
 	shown["pending_deletion"] = required(texts, "IDs of replaced admin keys still to be deleted at OpenAI.")
 	shown["creating"] = required(texts, "Names of admin keys that a rotation began to make and that OpenAI may have.")
 	shown["mount_id"] = required(text, "The tag in the names of what this mount makes at OpenAI.")
-	rotated := fieldMap{
-		"admin_api_key_id": required(text, "ID of the new admin API key."),
-		"rotated_time":     required(text, "When it was put to use (RFC 3339, UTC)."),
-	}
 	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and its rotation.", nil))
+	rotate := forwarded(operation(b.configRotate, "rotate", "admin-api-key",
+		"Replace the admin API key by a new one and delete the old one.", fieldMap{
+			"admin_api_key_id": required(text, "ID of the new admin API key."),
+			"rotated_time":     required(text, "When it was put to use (RFC 3339, UTC)."),
+		}))
 	return []*framework.Path{{
 		Pattern: configPath, DisplayAttrs: display(""),
 		Fields: fields,
-		Operations: map[logical.Operation]framework.OperationHandler{
+		Operations: operations{
 			logical.CreateOperation: write, logical.UpdateOperation: write,
 			logical.ReadOperation: operation(b.configRead, "read", "configuration",
 				"Read the configuration, without the admin API key.", shown),
 			logical.DeleteOperation: forwarded(operation(b.configDelete, "delete", "configuration",
 				"Delete the configuration. Leases are not revoked at OpenAI without one.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, _ *fieldData) (bool, error) {
-			cfg, err := getConfig(ctx, req.Storage)
-			return cfg != nil, err
-		},
-		HelpSynopsis: "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
+		ExistenceCheck: exists,
+		HelpSynopsis:   "Configure the Admin API key and how it is rotated.", HelpDescription: configHelpDescription,
 	}, {
 		Pattern: configPath + "/rotate", DisplayAttrs: display(""),
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.UpdateOperation: forwarded(operation(b.configRotate, "rotate", "admin-api-key",
-				"Replace the admin API key by a new one and delete the old one.", rotated)),
-		},
+		Operations:   operations{logical.UpdateOperation: rotate},
 		HelpSynopsis: "Replace the Admin API key by a new one.", HelpDescription: rotateHelpDescription,
 	}}
 }
@@ -182,9 +190,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	if err != nil {
 		return nil, err
 	}
-	if was == nil {
-		was = &config{}
-	}
+	was = cmp.Or(was, &config{})
 	cfg := *was
 	if err := cfg.update(d); err != nil {
 		return logical.ErrorResponse(err.Error()), nil
@@ -219,7 +225,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) +
 			" and no rotation is scheduled: rotate or replace it before")
 	}
-	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, was, &cfg); err != nil {
+	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, &cfg); err != nil {
 		return nil, err
 	}
 	if cfg.RotationManager != managerVault && cfg.RotationPolicy != "" {
@@ -228,7 +234,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	err = putJSON(ctx, req.Storage, configPath, &cfg)
 	b.setClient(nil) // also after an error: it may have been stored
 	if err != nil {
-		return nil, errors.Join(err, b.reregister(ctx, req, &cfg))
+		return nil, errors.Join(err, b.reregister(ctx, req))
 	}
 	b.retryRotation, b.rotationFailures = time.Time{}, 0
 	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
@@ -331,14 +337,11 @@ func parseEndpoint(s string) (string, error) {
 	if err != nil || !hostPattern.MatchString(u.Host) || u.Opaque != "" {
 		return "", errors.New("api_endpoint must be a URL like " + defaultEndpoint)
 	}
-	if port := u.Port(); port != "" {
-		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
-			return "", errors.New("api_endpoint has a port that is not 1 to 65535")
-		}
-	}
-	ip := net.ParseIP(u.Hostname())
-	loopback := u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+	port, err := strconv.ParseUint(cmp.Or(u.Port(), "443"), 10, 16)
+	loopback := u.Hostname() == "localhost" || net.ParseIP(u.Hostname()).IsLoopback()
 	switch {
+	case err != nil || port == 0:
+		return "", errors.New("api_endpoint has a port that is not 1 to 65535")
 	case u.User != nil || strings.ContainsAny(s, "?#") || slices.Contains(strings.Split(u.Path, "/"), ".."):
 		return "", errors.New("api_endpoint must not have user information, a query, a fragment or .. in its path")
 	case u.Scheme != "https" && (u.Scheme != "http" || !loopback):
@@ -354,13 +357,13 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	if err != nil || cfg == nil {
 		return nil, err
 	}
-	if _, err := b.registerRotation(ctx, req.MountPoint, cfg, &config{}); err != nil {
+	if _, err := b.registerRotation(ctx, req.MountPoint, &config{}); err != nil {
 		return nil, err
 	}
 	err = req.Storage.Delete(ctx, configPath)
 	b.setClient(nil)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req, &config{}))
+		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req))
 	}
 	b.report(ctx, req, "config-delete", nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
@@ -370,13 +373,13 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	return resp, nil
 }
 
-// reregister arranges the rotation of what is stored after all, when storing tried has failed.
-func (b *backend) reregister(ctx context.Context, req *logical.Request, tried *config) error {
+// reregister arranges the rotation of what is stored after all, when storing something else has failed.
+func (b *backend) reregister(ctx context.Context, req *logical.Request) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
 	defer cancel()
 	cfg, err := getConfig(ctx, req.Storage)
 	if err == nil {
-		_, err = b.registerRotation(ctx, req.MountPoint, tried, cmp.Or(cfg, &config{}))
+		_, err = b.registerRotation(ctx, req.MountPoint, cmp.Or(cfg, &config{}))
 	}
 	return err
 }
@@ -433,24 +436,19 @@ func pathRoles(b *backend) []*framework.Path {
 	write := forwarded(operation(b.roleWrite, "write", "", "Create or update a role.", nil))
 	return []*framework.Path{{
 		Pattern: rolePrefix + "?$", DisplayAttrs: display("roles"),
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names),
-		},
+		Operations:   operations{logical.ListOperation: operation(b.roleList, "list", "", "List the roles.", names)},
 		HelpSynopsis: "List the roles.", HelpDescription: "The names of the roles, in alphabetical order.",
 	}, {
 		Pattern: rolePrefix + framework.GenericNameRegex("name"), DisplayAttrs: display("role"),
 		Fields: fields,
-		Operations: map[logical.Operation]framework.OperationHandler{
+		Operations: operations{
 			logical.CreateOperation: write, logical.UpdateOperation: write,
 			logical.ReadOperation: operation(b.roleRead, "read", "", "Read a role.", settings),
 			logical.DeleteOperation: forwarded(operation(b.roleDelete, "delete", "",
 				"Delete a role. Its leases live on, but can't be renewed.", nil)),
 		},
-		ExistenceCheck: func(ctx context.Context, req *logical.Request, d *fieldData) (bool, error) {
-			r, err := getRole(ctx, req.Storage, d.Get("name").(string))
-			return r != nil, err
-		},
-		HelpSynopsis: "Manage what creds/<name> hands out.", HelpDescription: roleHelpDescription,
+		ExistenceCheck: exists,
+		HelpSynopsis:   "Manage what creds/<name> hands out.", HelpDescription: roleHelpDescription,
 	}}
 }
 
@@ -640,8 +638,6 @@ var (
 		`base64.*base64`)
 )
 
-const maxTemplateLength = 256 // bytes
-
 // boundedRandom and boundedReplace take the place of functions that Vault's templates have.
 func boundedRandom(n int) (string, error) {
 	if n < 1 || n > maxNameLength {
@@ -660,7 +656,7 @@ func boundedReplace(find, replacement, s string) (string, error) {
 // renderName makes a name that OpenAI takes and that ends in "-" and the suffix: what is not a letter, digit, - or _
 // becomes -, and what is too long is cut before the suffix.
 func renderName(raw string, data nameData) (string, error) {
-	if len(raw) > maxTemplateLength || endlessTemplate.MatchString(raw) {
+	if len(raw) > 256 || endlessTemplate.MatchString(raw) {
 		return "", errors.New("must be at most 256 bytes, without range, define, template, print, html, js, urlquery")
 	}
 	t, err := template.NewTemplate(template.Template(raw),
@@ -698,10 +694,8 @@ func pathCreds(b *backend) []*framework.Path {
 	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
 		Pattern: "creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("credentials"),
-		Fields: fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: read, logical.UpdateOperation: read, // tools send parameters by PUT
-		},
+		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
+		Operations:   operations{logical.ReadOperation: read, logical.UpdateOperation: read}, // some tools send by PUT
 		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
 	}}
 }
@@ -852,35 +846,32 @@ func (b *backend) create(ctx context.Context, s logical.Storage, r *role, expire
 		}
 		return nil
 	}
+	scoped := len(r.Scopes) > 0
 	if !l.KeyOnly {
-		keyless := len(r.Scopes) > 0
 		err = step("service account", func(c *client) error {
-			account, err := c.createServiceAccount(ctx, r.ProjectID, l.Name, keyless, expiresIn)
+			account, err := c.createServiceAccount(ctx, r.ProjectID, l.Name, scoped, expiresIn)
 			if err == nil {
 				l.ServiceAccountID, key = account.ID, account.APIKey
 			}
 			return err
 		})
-		if err == nil && !keyless {
-			l.APIKeyID = key.ID
-		}
-		if err != nil || !keyless {
-			return key, err
-		}
+	}
+	if err == nil && !l.KeyOnly && scoped {
 		err = step("role of service account", func(c *client) error {
 			return c.setServiceAccountRole(ctx, r.ProjectID, l.ServiceAccountID, cmp.Or(r.ServiceAccountRole, "member"))
 		})
-		if err != nil {
-			return nil, err
-		}
 	}
-	err = step("API key", func(c *client) (err error) {
-		if key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, l.Name, r.Scopes, expiresIn); err == nil {
-			l.APIKeyID = key.ID
-		}
-		return err
-	})
-	return key, err
+	if err == nil && (l.KeyOnly || scoped) {
+		err = step("API key", func(c *client) (err error) {
+			key, err = c.createAPIKey(ctx, r.ProjectID, l.ServiceAccountID, l.Name, r.Scopes, expiresIn)
+			return err
+		})
+	}
+	if err != nil {
+		return nil, err
+	}
+	l.APIKeyID = key.ID
+	return key, nil
 }
 
 // undo sees to it that nothing stays of a create that failed with cause: what is known by its id is deleted at once,
@@ -1000,12 +991,12 @@ func (b *backend) credRevoke(ctx context.Context, req *logical.Request, _ *field
 
 // addCleanup remembers a credential for sweep, with failed more failures, and returns their count.
 func (b *backend) addCleanup(ctx context.Context, s logical.Storage, l *lease, failed int) (failures int, err error) {
-	c := cleanup{lease: *l}
-	if _, err := getJSON(ctx, s, cleanupPrefix+l.id(), &c); err != nil {
+	entry := *l
+	if _, err := getJSON(ctx, s, cleanupPrefix+l.id(), &entry); err != nil {
 		return 0, err
 	}
-	c.Failures += failed
-	return c.Failures, putJSON(ctx, s, cleanupPrefix+l.id(), c)
+	entry.Failures += failed
+	return entry.Failures, putJSON(ctx, s, cleanupPrefix+l.id(), entry)
 }
 
 // sweep works the clean-up entries off, in an order of chance: an entry that keeps failing does not keep the others
@@ -1016,8 +1007,7 @@ func (b *backend) sweep(ctx context.Context, s logical.Storage) {
 	for _, id := range ids {
 		err := b.sweepOne(ctx, s, id)
 		failed = cmp.Or(failed, err)
-		var e *apiError
-		if errors.As(err, &e) && !isRefused(err) || adminKeyRefused(err) || ctx.Err() != nil {
+		if _, ok := errors.AsType[*apiError](err); ok && !isRefused(err) || adminKeyRefused(err) || ctx.Err() != nil {
 			break // it is the same for all
 		}
 	}
@@ -1031,26 +1021,20 @@ func (b *backend) sweepOne(ctx context.Context, s logical.Storage, id string) (e
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	defer func() { b.metrics.add("cleanups_total", 1, "result", result(err)) }()
-	var c cleanup
-	if _, err = getJSON(ctx, s, cleanupPrefix+id, &c); err != nil || c.id() == "" {
+	var l lease
+	if _, err = getJSON(ctx, s, cleanupPrefix+id, &l); err != nil || l.id() == "" {
 		return err
 	}
-	if err = b.revokeAtOpenAI(ctx, s, &c.lease); err != nil {
+	if err = b.revokeAtOpenAI(ctx, s, &l); err != nil {
 		return fmt.Errorf("deleting %q: %w", id, err)
 	}
-	b.Logger().Info("cleaned up a credential", "project_id", c.ProjectID,
-		"service_account_id", c.ServiceAccountID, "api_key_id", c.APIKeyID, "failures", c.Failures)
+	b.Logger().Info("cleaned up a credential", "project_id", l.ProjectID,
+		"service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID, "failures", l.Failures)
 	return s.Delete(ctx, cleanupPrefix+id)
 }
 
-// lostCreate is a create that failed and of which OpenAI may have made something, or may yet.
-type lostCreate struct {
-	lease
-	since time.Time
-}
-
 const (
-	maxLost       = 1000
+	maxLost       = 1000             // creates that are remembered
 	searchTime    = 10 * time.Minute // so long a lost create is looked for at each tick,
 	lostTime      = 24 * time.Hour   // and so long by each full pass: OpenAI may carry it out late
 	firstPass     = 2 * time.Minute  // after the process started
@@ -1068,27 +1052,28 @@ const (
 func (b *backend) addLost(l *lease) {
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
-	if len(b.lost) < maxLost {
-		b.lost[l.Name] = lostCreate{*l, time.Now()}
-	} else {
+	if len(b.lost) >= maxLost {
 		b.Logger().Error("too many lost creates: this one stays until its end", "name", l.Name)
+		return
 	}
+	l.At = time.Now()
+	b.lost[l.Name] = *l
 }
 
 // lostSince returns the lost creates that are not older than age, and forgets those that are older than lostTime.
-func (b *backend) lostSince(age time.Duration) map[string]lostCreate {
+func (b *backend) lostSince(age time.Duration) map[string]lease {
 	b.lostMu.Lock()
 	defer b.lostMu.Unlock()
-	maps.DeleteFunc(b.lost, func(_ string, l lostCreate) bool { return time.Since(l.since) > lostTime })
+	maps.DeleteFunc(b.lost, func(_ string, l lease) bool { return time.Since(l.At) > lostTime })
 	found := maps.Clone(b.lost)
-	maps.DeleteFunc(found, func(_ string, l lostCreate) bool { return time.Since(l.since) > age })
+	maps.DeleteFunc(found, func(_ string, l lease) bool { return time.Since(l.At) > age })
 	return found
 }
 
 // pass is one run of tidy over projects.
 type pass struct {
-	mountID string                // the tag that is looked for; empty: only what is lost
-	lost    map[string]lostCreate // creates of this mount that are looked for by their names
+	mountID string           // the tag that is looked for; empty: only what is lost
+	lost    map[string]lease // creates of this mount that are looked for by their names
 	dryRun  bool
 
 	started, finished time.Time
@@ -1112,48 +1097,42 @@ func (p *pass) fail(err error) {
 func (p *pass) wants(name string) bool {
 	_, lost := p.lost[name]
 	tag, _, ok := parseName(name)
-	if ok && tag == p.mountID {
-		p.found++
-		return true
-	}
-	return lost
+	return lost || ok && tag == p.mountID
 }
 
 // due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
 // tidyMargin.
-func (p *pass) due(c *credential) bool {
-	if _, ok := p.lost[c.Name]; ok {
+func (p *pass) due(l *lease) bool {
+	if _, ok := p.lost[l.Name]; ok {
 		return true
 	}
-	p.undated = p.undated || c.at.IsZero()
-	_, end, _ := parseName(c.Name)
-	return end.Add(tidyMargin).Before(c.at)
+	p.undated = p.undated || l.At.IsZero()
+	_, end, _ := parseName(l.Name)
+	return end.Add(tidyMargin).Before(l.At)
 }
 
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
-	var found, list []credential
-	for _, keys := range []bool{false, true} {
-		err := b.useClient(ctx, s, organization, func(c *client) (err error) {
-			if list, err = c.credentialsNamed(ctx, id, keys, p.wants); c.projectGone(ctx, id, err) {
-				return nil
-			}
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("project %s: %w", id, err)
+	var found []lease
+	err := b.useClient(ctx, s, organization, func(c *client) (err error) {
+		if found, err = c.credentialsNamed(ctx, id, p.wants); c.projectGone(ctx, id, err) {
+			return nil
 		}
-		found = append(found, list...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("project %s: %w", id, err)
 	}
+	p.found += len(found)
 	inUse := map[string]bool{} // accounts, by their ids
-	for _, c := range found {
-		inUse[c.ServiceAccountID] = inUse[c.ServiceAccountID] || c.KeyOnly && !p.due(&c)
+	for _, l := range found {
+		inUse[l.ServiceAccountID] = inUse[l.ServiceAccountID] || l.KeyOnly && !p.due(&l)
 	}
-	for _, c := range found {
-		if c.OrganizationID = organization; p.due(&c) && (c.KeyOnly || !inUse[c.ServiceAccountID]) {
-			if err := b.tidyOne(ctx, s, p, &c); err != nil {
-				p.fail(fmt.Errorf("project %s, %s: %w", id, c.id(), err))
+	for _, l := range found {
+		if l.OrganizationID = organization; p.due(&l) && (l.KeyOnly || !inUse[l.ServiceAccountID]) {
+			if err := b.tidyOne(ctx, s, p, &l); err != nil {
+				p.fail(fmt.Errorf("project %s, %s: %w", id, l.id(), err))
 			}
 		}
 	}
@@ -1161,7 +1140,7 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 }
 
 // tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
-func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *credential) error {
+func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *lease) error {
 	names, err := s.List(ctx, rolePrefix)
 	for i := 0; err == nil && !l.KeyOnly && i < len(names); i++ {
 		var r *role
@@ -1173,7 +1152,7 @@ func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *cr
 		return err
 	}
 	if !p.dryRun {
-		err = b.revokeAtOpenAI(ctx, s, &l.lease)
+		err = b.revokeAtOpenAI(ctx, s, l)
 		b.metrics.add("tidy_deletions_total", 1, "result", result(err))
 	}
 	if p.dryRun || err != nil {
@@ -1287,7 +1266,7 @@ func pathTidy(b *backend) []*framework.Path {
 		"found":    required(number, "Number of accounts and keys whose names have the tag."),
 		"deleted":  required(number, "Number of those that were deleted."),
 		"failed":   required(number, "Number of projects and deletions that failed."),
-		"leftover": required(texts, "IDs of accounts and keys that are due and still there, at most 100."),
+		"leftover": required(texts, "IDs of what is due and still there, also after a dry run; at most 100."),
 		"pending":  required(texts, "IDs of credentials whose revocation failed, to be cleaned up; at most 100."),
 		"errors":   required(texts, "What the pass could not do, at most 10 texts."),
 	}
@@ -1297,13 +1276,11 @@ func pathTidy(b *backend) []*framework.Path {
 	return []*framework.Path{{
 		Pattern: "tidy", DisplayAttrs: display(""),
 		Fields: fieldMap{
-			"dry_run":     defaulted(boolean, false, "Whether to delete nothing: true or false. Default false."),
+			"dry_run":     defaulted(boolean, false, "Whether to only list what is due: true or false. Default false."),
 			"mount_id":    field(text, "The mount_id of a lost mount, to delete what it left. Default: this mount's."),
 			"project_ids": field(texts, "IDs of projects to look through. Default: the organization's active ones."),
 		},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.UpdateOperation: run, logical.ReadOperation: read,
-		},
+		Operations:   operations{logical.UpdateOperation: run, logical.ReadOperation: read},
 		HelpSynopsis: "Delete what was left behind at OpenAI.", HelpDescription: tidyHelpDescription,
 	}}
 }
@@ -1375,18 +1352,16 @@ func pathMetrics(b *backend) []*framework.Path {
 	for _, f := range families {
 		for _, name := range f.series() {
 			shown[metricPrefix+name] = field(framework.TypeFloat, f.help)
-			if len(f.labels) > 0 {
-				shown[metricPrefix+name].Type = framework.TypeMap // of labels to value
+			if f.labels != "" {
+				shown[metricPrefix+name] = field(framework.TypeMap, f.help+" By "+f.labels+".")
 			}
 		}
 	}
+	read := operation(b.metricsRead, "read", "metrics", "Read what this mount has counted on this node.", shown)
 	return []*framework.Path{{
 		Pattern: "metrics", DisplayAttrs: display(""),
-		Fields: fieldMap{"format": format},
-		Operations: map[logical.Operation]framework.OperationHandler{
-			logical.ReadOperation: operation(b.metricsRead, "read", "metrics",
-				"Read what this mount has counted on this node.", shown),
-		},
+		Fields:       fieldMap{"format": format},
+		Operations:   operations{logical.ReadOperation: read},
 		HelpSynopsis: "Read what this mount has counted on this node.", HelpDescription: metricsHelpDescription,
 	}}
 }
@@ -1405,11 +1380,10 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fiel
 	case "":
 		for _, f := range families {
 			for _, name := range f.series() {
-				values, _ := all.of(name)
-				if value, ok := values[""]; ok {
+				if value, ok := all[name][""]; ok {
 					data[metricPrefix+name] = value
-				} else if len(values) > 0 {
-					data[metricPrefix+name] = values
+				} else if len(all[name]) > 0 {
+					data[metricPrefix+name] = all[name]
 				}
 			}
 		}
@@ -1428,13 +1402,9 @@ Give it an Admin API key with "config", describe what to hand out with "roles/<n
 // The long help texts of the paths.
 const (
 	configHelpDescription = `
-The write is proved at OpenAI before anything is stored, unless verify_connection=false. A later write changes the
-fields that it names and keeps the others. admin_api_key_id must be the id of that very key, since a rotation deletes
-the key with this id. The key itself is never returned.
-
-rotation_period, or rotation_schedule (cron, UTC; with rotation_window if wanted), rotates the key by itself.
-rotation_manager shows who does it: Vault's rotation manager where there is one (Enterprise), else the plugin, which
-looks once a minute. With admin_key_ttl the keys that rotation makes expire at OpenAI.
+A write is proved at OpenAI before anything is stored. It changes the fields that it names and keeps the others.
+rotation_manager shows who rotates by rotation_period or rotation_schedule: Vault's rotation manager where there is one
+(Enterprise), else the plugin, which looks once a minute.
 `
 	rotateHelpDescription = `
 Makes a new Admin API key at OpenAI, proves it, stores it, and deletes the old one. Calls that still use the old one
@@ -1443,14 +1413,9 @@ named in a warning and in config's pending_deletion, and is deleted later.
 `
 	roleHelpDescription = `
 A role names the OpenAI project, what its keys may do, how they are called and how long their leases run. There are
-three kinds:
-
-    neither scopes nor service_account_id
-        Each key gets a service account of its own, with all that a member of the project can do.
-    scopes
-        Each key gets a service account of its own (service_account_role), and is restricted to the scopes.
-    service_account_id, with or without scopes
-        Keys are made on this existing account. Revocation deletes the key and never the account.
+three kinds. With neither scopes nor service_account_id, each key gets a service account of its own, with all that a
+member of the project can do. With scopes it also gets one of its own (service_account_role), and is restricted to the
+scopes. With service_account_id, keys are made on this existing account, and revocation never deletes the account.
 
 The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and .DisplayName (of the token that asks), and
 the functions of Vault's user name templates. What is not a letter, digit, - or _ becomes -. A name ends in - and
@@ -1466,13 +1431,11 @@ The name of each account and key that this mount makes tells which mount made it
 a lease of it. A pass lists the accounts and keys of the organization's active projects and deletes those that have
 this mount's mount_id and are past their end by ten minutes, and those whose creation failed although OpenAI carried it
 out. It never deletes an account that a role names, nor anything of another name. A pass runs two to three minutes
-after the plugin's process starts and then each hour. A write runs one now and waits for it up to 30 seconds;
-dry_run=true tells what it would delete, in leftover. With the mount_id of a mount that is lost it deletes what that
-one left and is past its end. A read shows the last pass.
+after the plugin's process starts and then each hour. A write runs one now and waits for it up to 30 seconds. Of a
+mount that is lost it deletes only what is past its end. A read shows the last pass.
 `
 	metricsHelpDescription = `
-With format=prometheus the answer is Prometheus' text format, to be scraped through Vault with a token whose policy may
-read this path; else it is data, by metric and labels. Counters begin at 0 when the plugin's process starts, and each
-Vault node counts what it did itself.
+Prometheus scrapes this through Vault, with a token whose policy may read this path. Counters begin at 0 when the
+plugin's process starts, and each Vault node counts what it did itself.
 `
 )

@@ -61,20 +61,6 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 	return &keys[0], nil
 }
 
-// addRotationFields adds the fields of the SDK's helper, whose descriptions are of user names.
-func addRotationFields(fields fieldMap) {
-	automatedrotationutil.AddAutomatedRotationFields(fields)
-	for name, text := range map[string]string{
-		"rotation_period":            "Time between rotations. Excludes rotation_schedule. Default: none.",
-		"rotation_schedule":          "Times of rotations: cron with five fields, in UTC. Default: none.",
-		"rotation_window":            "How late a scheduled rotation may start: at least 1h. Default: none.",
-		"rotation_policy":            "Name of a rotation policy of Vault Enterprise. Default: none.",
-		"disable_automated_rotation": "Whether the schedule is suspended: true or false. Default false.",
-	} {
-		fields[name].Description = text
-	}
-}
-
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
 func (cfg *config) updateRotation(d *fieldData) error {
 	// The helper takes the window only together with the schedule; a schedule that is already stored will do.
@@ -137,15 +123,13 @@ func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
 	return longest
 }
 
-// registerRotation arranges who rotates cfg's key on schedule and returns the manager.
-func (b *backend) registerRotation(ctx context.Context, mountPoint string, was, cfg *config) (string, error) {
+// registerRotation arranges who rotates cfg's key on schedule and returns the manager. As in Vault's own engines, a job
+// is deregistered whether or not there was one.
+func (b *backend) registerRotation(ctx context.Context, mountPoint string, cfg *config) (string, error) {
 	if cfg.ShouldDeregisterRotationJob() {
-		if was.RotationManager == managerVault || was.RotationManager == "" && was.HasNonzeroRotationValues() {
-			job := &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath}
-			err := b.System().DeregisterRotationJob(ctx, job)
-			if err != nil && !noRotationManager(err) {
-				return "", fmt.Errorf("deregistering rotation job: %w", err)
-			}
+		job := &rotation.RotationJobDeregisterRequest{MountPoint: mountPoint, ReqPath: configPath}
+		if err := b.System().DeregisterRotationJob(ctx, job); err != nil && !noRotationManager(err) {
+			return "", fmt.Errorf("deregistering rotation job: %w", err)
 		}
 		return managerNone, nil
 	}
@@ -173,21 +157,21 @@ func noRotationManager(err error) bool {
 // nextRotation returns when the key is due: a time that has passed when it is overdue, zero for never. With a window,
 // times whose window had closed before now are left out.
 func (cfg *config) nextRotation(now time.Time) time.Time {
-	if cfg.DisableAutomatedRotation || !cfg.HasNonzeroRotationValues() {
+	if cfg.ShouldDeregisterRotationJob() {
 		return time.Time{}
 	}
 	last := cfg.LastRotatedTime
-	schedule := &rotation.RotationSchedule{RotationSchedule: cfg.RotationSchedule, RotationPeriod: cfg.RotationPeriod}
-	if cfg.RotationSchedule != "" {
-		var err error
-		if schedule.Schedule, err = rotation.DefaultScheduler.Parse(cfg.RotationSchedule); err != nil {
-			return time.Time{} // refused when it is written
-		}
-		if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
-			last = opened
-		}
+	if cfg.RotationPeriod != 0 {
+		return last.Add(cfg.RotationPeriod)
 	}
-	return rotation.DefaultScheduler.NextRotationTimeFromInput(schedule, last.UTC())
+	schedule, err := rotation.DefaultScheduler.Parse(cfg.RotationSchedule)
+	if err != nil {
+		return time.Time{} // refused when it is written
+	}
+	if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
+		last = opened
+	}
+	return schedule.Next(last.UTC())
 }
 
 func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
@@ -343,23 +327,21 @@ func (cfg *config) creatingNames() []string {
 	return names
 }
 
-// creatingDue returns the names of those that are to be looked for: of config's organization, and of no rotation that
-// may be under way on another node.
-func (cfg *config) creatingDue() (names []string) {
+// seekCreating deletes the admin keys that a rotation began to make, unless config holds them, and takes off cfg's list
+// what was found. What is not found stays on it for lostTime, by OpenAI's clock, since OpenAI may carry it out late.
+// The caller holds configMu.
+func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client) error {
+	var due []string // names, but none of another organization, nor of a rotation that may be under way on another node
 	for _, k := range cfg.Creating {
 		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since) > creatingRest {
-			names = append(names, k.Name)
+			due = append(due, k.Name)
 		}
 	}
-	return names
-}
-
-// seekCreating deletes the admin keys of these names, which a rotation began to make, unless config holds them, and
-// takes off cfg's list what was found. What is not found stays on it for lostTime, by OpenAI's clock, since
-// OpenAI may carry it out late. The caller holds configMu.
-func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client, names []string) error {
+	if len(due) == 0 {
+		return nil
+	}
 	found := map[string]bool{}
-	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(names, k.Name) })
+	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(due, k.Name) })
 	if err != nil {
 		return fmt.Errorf("looking for admin API keys that a rotation began to make: %w", err)
 	}
@@ -402,13 +384,11 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 	tidyCtx, cancel := context.WithTimeout(ctx, tickTimeout/3) // leaves time for the rest
 	defer cancel()
 	b.deletePending(tidyCtx, req.Storage, cfg, c)
-	if due := cfg.creatingDue(); len(due) > 0 {
-		if err := b.seekCreating(tidyCtx, req.Storage, cfg, c, due); err != nil {
-			b.Logger().Warn("will be tried again", "error", err)
-		}
+	if err := b.seekCreating(tidyCtx, req.Storage, cfg, c); err != nil {
+		b.Logger().Warn("will be tried again", "error", err)
 	}
 	if cfg.RotationManager == "" { // the older plugin's config
-		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg, cfg); err == nil {
+		if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, cfg); err == nil {
 			err = putJSON(ctx, req.Storage, configPath, cfg)
 		}
 		if err != nil {
