@@ -101,6 +101,43 @@ type role struct {
 	// OpenAI called it when the role was written.
 	ServiceAccountID   string `json:"service_account_id,omitempty"`
 	ServiceAccountName string `json:"service_account_name,omitempty"`
+	// CredentialType is accessToken, or empty for API keys.
+	CredentialType string `json:"credential_type,omitempty"`
+}
+
+// identity is the storage entry "config/identity": what the mount needs to exchange its own JWTs for access tokens.
+type identity struct {
+	Issuer        string `json:"issuer"`
+	Audience      string `json:"audience"`
+	TokenEndpoint string `json:"token_endpoint"` // without a trailing slash
+	CACertificate string `json:"ca_certificate,omitempty"`
+	// ProviderID is what OpenAI calls the mount as an identity provider; empty: it does not know it yet.
+	ProviderID string `json:"identity_provider_id,omitempty"`
+	// OrganizationID is set when the plugin made the provider, in this organization; empty: an operator makes it.
+	OrganizationID string `json:"organization_id,omitempty"`
+
+	Key  *signingKey `json:"key"`            // signs
+	Next *signingKey `json:"next,omitempty"` // signs when a rotation has ended that has begun; nil: none has
+	// Former is the key that signed before the last rotation. It is published until no token of it can be alive.
+	Former      jwk       `json:"former,omitzero"`
+	FormerUntil time.Time `json:"former_until,omitzero"`
+}
+
+// signingKey is an RSA key: what is published of it, and the key itself.
+type signingKey struct {
+	jwk
+	PrivateKey []byte    `json:"private_key"` // PKCS #1
+	Created    time.Time `json:"created"`
+}
+
+// jwk is a public key as RFC 7517 has it. KeyID is its thumbprint (RFC 7638); N and E are in base64url.
+type jwk struct {
+	Type      string `json:"kty"`
+	Use       string `json:"use"`
+	Algorithm string `json:"alg"`
+	KeyID     string `json:"kid"`
+	N         string `json:"n"`
+	E         string `json:"e"`
 }
 
 // lease tells what to delete at OpenAI. It is the internal data of a lease, of which the older plugin wrote the first
@@ -124,6 +161,7 @@ type lease struct {
 // Where the entries are, and defaults of what is in them.
 const (
 	configPath    = "config"
+	identityPath  = "config/identity"
 	rolePrefix    = "roles/"
 	cleanupPrefix = "cleanup/"
 
@@ -176,6 +214,16 @@ func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
 	}
 	cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/") // as the older plugin may have it
 	return cfg, nil
+}
+
+// getIdentity reads the identity; nil when there is none.
+func getIdentity(ctx context.Context, s logical.Storage) (*identity, error) {
+	id := &identity{}
+	found, err := getJSON(ctx, s, identityPath, id)
+	if err != nil || !found {
+		return nil, err
+	}
+	return id, nil
 }
 
 // newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.
@@ -311,6 +359,10 @@ type backend struct {
 	rotationFailures int       // in a row
 
 	roleMu sync.Mutex // held while a role is compared with what is stored, and written
+	// identityMu is held by whoever changes the identity or what OpenAI has of it: the provider and its rules.
+	identityMu sync.Mutex
+	signerMu   sync.Mutex
+	signer     *signer // of the stored identity; nil until it is needed. Guarded by signerMu.
 
 	lostMu sync.Mutex
 	lost   map[string]lease // creates of which OpenAI may have made something, or may yet, by name. Guarded by lostMu.
@@ -350,11 +402,12 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 		BackendType:    logical.TypeLogical,
 		RunningVersion: version,
 		Help:           strings.TrimSpace(backendHelp),
-		Paths:          framework.PathAppend(pathConfig(b), pathRoles(b), pathCreds(b), pathTidy(b), pathMetrics(b)),
-		Secrets:        []*framework.Secret{secretAPIKey(b)},
+		Paths: framework.PathAppend(pathConfig(b), pathIdentity(b), pathRoles(b), pathCreds(b), pathTidy(b),
+			pathMetrics(b)),
+		Secrets: []*framework.Secret{secretAPIKey(b), secretAccessToken(b)},
 		PathsSpecial: &logical.Paths{
 			LocalStorage:    []string{cleanupPrefix}, // it belongs to this cluster's leases
-			SealWrapStorage: []string{configPath},
+			SealWrapStorage: []string{configPath, identityPath},
 		},
 		Invalidate:       b.invalidate,
 		PeriodicFunc:     b.periodic,
@@ -399,11 +452,21 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return checked, exists, err
 }
 
-// invalidate drops the client when another node has changed config. Nothing else of storage is kept in memory.
+// invalidate drops what another node has changed. Nothing else of storage is kept in memory.
 func (b *backend) invalidate(_ context.Context, key string) {
-	if key == configPath {
+	switch key {
+	case configPath:
 		b.setClient(nil)
+	case identityPath:
+		b.dropSigner()
 	}
+}
+
+// dropSigner makes the next token read the stored identity.
+func (b *backend) dropSigner() {
+	b.signerMu.Lock()
+	defer b.signerMu.Unlock()
+	b.signer = nil
 }
 
 // setClient makes c the client of later calls; nil: the next call makes one from the stored config.
@@ -419,6 +482,7 @@ func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
 	defer cancel()
 	if b.WriteSafeReplicationState() {
 		b.rotatePeriodically(ctx, req)
+		b.withdrawFormer(ctx, req.Storage)
 	}
 	// What is left of credentials belongs to this cluster's leases, and to its active node.
 	if !b.System().ReplicationState().HasState(consts.ReplicationDRSecondary | consts.ReplicationPerformanceStandby) {
@@ -482,6 +546,8 @@ var families = []family{
 	{"api_retries_total", "counter", "Requests repeated, by the HTTP status before; connection: no answer.", "reason"},
 	{"api_rate_limit_wait_seconds_total", "counter", "Time that calls spent waiting for OpenAI's rate limit.", ""},
 	{"rotations_total", "counter", "Rotations of the admin API key.", "trigger, result"},
+	{"token_exchanges_total", "counter", "Exchanges of JWTs for access tokens, for creds.", "result"},
+	{"signing_key_created_timestamp_seconds", "gauge", "When the key was made that signs; absent: no identity.", ""},
 	{"cleanups_total", "counter", "Attempts to clean up credentials.", "result"},
 	{"tidy_passes_total", "counter", "Full passes of tidy; failure: it could not do all.", "result"},
 	{"tidy_deletions_total", "counter", "Deletions of what was lost, or past the end in its name.", "result"},
@@ -526,7 +592,8 @@ func newMetrics() *metrics {
 	m.add("revocations_handed_over_total", 0)
 	m.add("api_rate_limit_wait_seconds_total", 0)
 	for _, result := range []string{"success", "failure"} {
-		for _, name := range []string{"cleanups_total", "tidy_passes_total", "tidy_deletions_total"} {
+		for _, name := range []string{"cleanups_total", "tidy_passes_total", "tidy_deletions_total",
+			"token_exchanges_total"} {
 			m.add(name, 0, "result", result)
 		}
 		for _, trigger := range []string{"manual", managerPlugin, managerVault} {
@@ -578,15 +645,23 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error)
 	all.add("cleanups_pending", float64(len(cleanups)))
 	all.add("lost_creates", float64(len(b.lostSince(lostTime))))
 	cfg, err := getConfig(ctx, s)
-	if err != nil || cfg == nil {
-		return all, err
+	if err != nil {
+		return nil, err
 	}
-	all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
-	for name, t := range map[string]time.Time{
-		"admin_key_last_rotation": cfg.LastRotatedTime,
-		"admin_key_next_rotation": cfg.nextRotation(time.Now()),
-		"admin_key_expiry":        cfg.AdminKeyExpires,
-	} {
+	times := map[string]time.Time{}
+	if cfg != nil {
+		all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
+		times["admin_key_last_rotation"], times["admin_key_expiry"] = cfg.LastRotatedTime, cfg.AdminKeyExpires
+		times["admin_key_next_rotation"] = cfg.nextRotation(time.Now())
+	} else {
+		delete(all, "tidy_last_pass_timestamp_seconds") // there are no passes without it
+	}
+	if signer, err := b.getSigner(ctx, s); err == nil {
+		times["signing_key_created"] = signer.Key.Created
+	} else if !errors.Is(err, errNoIdentity) {
+		return nil, err
+	}
+	for name, t := range times {
 		if !t.IsZero() {
 			all.add(name+"_timestamp_seconds", float64(t.Unix()))
 		}

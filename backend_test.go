@@ -6,6 +6,8 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -134,6 +136,45 @@ func (e *env) lease(role string) *vaultsim.Lease {
 	return e.MustIssue("creds/" + role)
 }
 
+// tokenRole writes a role of access tokens on an account of its own, and returns the account.
+func (e *env) tokenRole(name string, extra fields) string {
+	e.t.Helper()
+	account := e.sim.AddServiceAccount(ours, "for "+name, "member")
+	data := fields{"project_id": ours, "service_account_id": account, "credential_type": accessToken}
+	maps.Copy(data, extra)
+	e.OK("roles/"+name, data)
+	return account
+}
+
+// testKey is a signing key: making one takes long.
+var testKey = sync.OnceValues(newSigningKey)
+
+// sign makes the mount a provider, with testKey, which must be shown nowhere until the test's end.
+func (e *env) sign() {
+	e.t.Helper()
+	key, err := testKey()
+	e.NoError(err)
+	e.NoError(putJSON(context.Background(), e.Storage, identityPath, identity{Key: key, Audience: defaultEndpoint,
+		Issuer: "https://" + e.b().providerName() + ".invalid", TokenEndpoint: defaultTokenEndpoint}))
+	e.OK("config/identity", nil)
+	private := base64.StdEncoding.EncodeToString(key.PrivateKey)[100:200]
+	e.t.Cleanup(func() { e.OnlySealWrapped("private_key", "PRIVATE", private) })
+	e.Leaks = func(text string) bool { return openaisim.ShowsKey(text) || strings.Contains(text, private) }
+}
+
+// keyless makes the mount a provider and writes a role "app" of access tokens.
+func (e *env) keyless() {
+	e.t.Helper()
+	e.sign()
+	e.tokenRole("app", nil)
+}
+
+// inKeylessBubble runs test on a mount that keyless has set up.
+func inKeylessBubble(t *testing.T, test func(t *testing.T, e *env)) {
+	t.Helper()
+	inBubble(t, func(t *testing.T, e *env) { e.keyless(); test(t, e) })
+}
+
 // config returns the stored config, which must be there.
 func (e *env) config() *config {
 	e.t.Helper()
@@ -251,6 +292,7 @@ func TestPathTable(t *testing.T) {
 	same(t, "help of the engine is missing", b.Help == "", false)
 	got := vaultsim.CheckPaths(t, b.Backend, "openai", "admin_api_key", "client_key", "api_key")
 	same(t, "operations", strings.Join(got, ", "), "config create, config delete, config read, config update, "+
+		"config/identity delete, config/identity read, config/identity update, config/identity/rotate update, "+
 		"config/rotate update, creds/NAME read, creds/NAME update, metrics read, roles/?$ list, roles/NAME create, "+
 		"roles/NAME delete, roles/NAME read, roles/NAME update, tidy read, tidy update")
 	for _, path := range b.Paths {
@@ -267,6 +309,8 @@ func TestPathTable(t *testing.T) {
 func TestAnswers(t *testing.T) {
 	e := newConfiguredEnv(t)
 	e.sim.Inject(fault{Method: "DELETE", Path: "admin_api_keys", Status: 403, Times: -1})
+	token := fields{"project_id": ours, "credential_type": accessToken,
+		"service_account_id": e.sim.AddServiceAccount(ours, "app", "member")}
 	for _, tt := range (requests{
 		{"list roles", nil}, {"read config", nil}, {"update config", fields{"rotation_period": "30d"}},
 		{"update config/rotate", nil}, {"read config", nil},
@@ -274,7 +318,10 @@ func TestAnswers(t *testing.T) {
 		{"list roles", nil}, {"read roles/web", nil}, {"read roles/scoped", nil}, {"read creds/web", nil},
 		{"read creds/scoped", nil}, {"read tidy", nil}, {"update tidy", fields{"project_ids": "proj_sim"}},
 		{"read tidy", nil}, {"read metrics", nil}, {"read metrics", fields{"format": "prometheus"}},
-		{"delete roles/scoped", nil}, {"delete config", nil}, {"read metrics", nil},
+		{"delete roles/scoped", nil}, {"update config/identity", nil}, {"create roles/app", token},
+		{"read roles/app", nil}, {"read creds/app", nil}, {"read config/identity", nil},
+		{"update config/identity/rotate", nil}, {"read config/identity", nil}, {"delete roles/app", nil},
+		{"delete config/identity", nil}, {"delete config", nil}, {"read metrics", nil},
 	}) {
 		t.Run(tt.request, func(t *testing.T) {
 			resp, err := e.Request(tt.request, tt.data)
@@ -310,20 +357,30 @@ func TestFields(t *testing.T) {
 			"client_certificate": certificate, "client_key": key})
 		maps.Copy(other, fields{"rotation_policy": "p", "rotation_period": "24h", "disable_automated_rotation": true,
 			"verify_connection": false})
-		trimmed := regexp.MustCompile(`^(admin_api_key|.*_ids?|api_endpoint|service_account_role)$`)
-		seen := map[string]bool{"rolesname": true, "credsname": true} // they are in the path
+		trimmed := regexp.MustCompile(`^(admin_api_key|.*_(ids?|endpoint|role|type)|issuer|audience)$`)
+		e.sign()
+		identity := fields{} // as it is: it is fixed
+		for field := range e.b().Route("config/identity").Fields {
+			identity[field] = e.Get("config/identity").Data[field]
+		}
+		// Names are in the path, and TestIdentityBadInput tries confirm.
+		seen := map[string]bool{"rolesname": true, "credsname": true, "configconfirm": true}
 		for _, tt := range (requests{
 			{"update config", whole}, {"update config", other},
 			{"update roles/new", fields{"project_id": ours, "ttl": "2h", "max_ttl": "3h", "scopes": "api.a.read",
 				"service_account_name_template": "x", "service_account_description": "y", "enforce_key_expiry": false,
 				"service_account_role": "owner"}},
-			{"update roles/new", fields{"project_id": ours, "service_account_id": account}},
+			{"update roles/new",
+				fields{"project_id": ours, "service_account_id": account, "credential_type": "api_key"}},
+			{"update config/identity", identity},
 			{"read creds/web", fields{"ttl": "15m"}}, {"update creds/web", fields{"ttl": "15m"}},
 			{"update tidy", fields{"dry_run": true, "mount_id": "aaaaaa", "project_ids": ours}},
 			{"read metrics", fields{"format": "prometheus"}},
 		}) {
 			_, path, _ := strings.Cut(tt.request, " ")
-			_ = e.Storage.Delete(t.Context(), path) // config or the role; nothing else is stored by its path
+			if path != "config/identity" {
+				_ = e.Storage.Delete(t.Context(), path) // config or the role; nothing else is stored by its path
+			}
 			e.CheckFields(tt.request, tt.data, trimmed)
 			e.configure(nil)
 			head, _, _ := strings.Cut(path, "/")
@@ -348,6 +405,7 @@ func TestStorageFaults(t *testing.T) {
 		"delete config delete config", "update config/rotate get config", "update config/rotate put config",
 		"list roles list roles/", "read roles/web get roles/web", "update roles/web get roles/web",
 		"update roles/web put roles/web", "delete roles/web delete roles/web", "read creds/web get roles/web",
+		"read config/identity get config/identity", "update config/identity put config/identity",
 		"read creds/web get config", "update tidy get config", "read metrics get config", "read metrics list cleanup/",
 	} {
 		t.Run(test, func(t *testing.T) {
@@ -761,6 +819,7 @@ func TestRole(t *testing.T) {
 		"project_id": "proj_sim", "service_account_name_template": "vault-{{.RoleName}}-{{.RandomSuffix}}",
 		"service_account_description": "Service account created by Vault", "ttl": 3600, "max_ttl": 86400,
 		"enforce_key_expiry": true, "scopes": []string{}, "service_account_role": "", "service_account_id": "",
+		"credential_type": "api_key",
 	}
 	for _, step := range []struct{ write, shown fields }{ // shown: where it is not what was written
 		{fields{"project_id": "proj_sim"}, nil}, {nil, nil},
@@ -2819,6 +2878,624 @@ func TestRotateTTL(t *testing.T) {
 	})
 }
 
+// uploads is the verification of a provider that has these keys.
+func uploads(jwks any) fields {
+	return fields{"verification": fields{"type": "uploaded_jwks", "jwks": json.RawMessage(jwks.(string))}}
+}
+
+// providerAway deletes the provider with its only rule.
+func (e *env) providerAway() {
+	e.sim.Operate("DELETE", "/RULE", nil)
+	e.sim.Operate("DELETE", "/PROVIDER", nil)
+}
+
+// signing returns the kid of the key that signs; nil: there is no identity.
+func (e *env) signing() any {
+	return cmp.Or(e.Get("config/identity"), &logical.Response{}).Data["key_id"]
+}
+
+// What federation tells where all is well, and where nothing is left.
+const works, nothing = "1 providers, 1 enabled, 1 rules, creds true", "0 providers, 0 enabled, 0 rules, creds false"
+
+// federation tells what OpenAI has of workload identity federation, and whether creds/app works.
+func (e *env) federation() string {
+	_, err := e.Issue("creds/app", nil)
+	return fmt.Sprint(e.sim.Federation(), ", creds ", err == nil)
+}
+
+// TestIdentity is the way of a keyless mount: set up, a token, and all of it without config.
+func TestIdentity(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		mount, shown, role := "vault-"+e.b().mountID, e.Get("config/identity").Data, e.Get("roles/app").Data
+		p, rule := e.sim.Providers()[0], e.sim.Rules()[0]
+		same(t, "provider", []any{p.Name, p.Issuer, p.Audience, p.ID},
+			[]any{mount, "https://" + mount + ".invalid", defaultEndpoint, shown["identity_provider_id"]})
+		var keys struct{ Keys []map[string]string }
+		e.NoError(json.Unmarshal([]byte(shown["jwks"].(string)), &keys))
+		same(t, "keys, and members of one", fmt.Sprint(len(keys.Keys), len(keys.Keys[0])), "1 6")
+		same(t, "key that signs", shown["key_id"], keys.Keys[0]["kid"])
+		same(t, "keys after the write", e.sim.KeyIDs(), []any{shown["key_id"]})
+		subject := "vault:" + e.b().mountID + ":app"
+		same(t, "rule", fmt.Sprint(rule.Name, rule.Matchers, rule.Scopes), mount+"-appmap[sub:"+subject+"] []")
+		same(t, "role", []any{role["subject"], role["ttl"], role["max_ttl"]}, []any{subject, 3600, 3600})
+		e.Must("delete config", nil)
+		e.Restart()
+		for range maxCalls { // the Admin API's calls keep no token waiting
+			e.b().throttle.slots <- struct{}{}
+		}
+		e.lease("app") // reads the identity
+		e.sim.ResetCalls()
+		e.Storage.ResetCounts()
+		l, err := e.Issue("creds/app", fields{"ttl": "5m"})
+		e.NoError(err)
+		same(t, "storage", e.Storage.Counts(), map[string]int{"get": 1})
+		same(t, "authorization", e.Wire.Header()["Authorization"], "[]")
+		key := l.Data["api_key"].(string)
+		same(t, "answer", vaultsim.With(l.Data, "api_key"), fields{"api_key_id": "", "service_account": "for app",
+			"service_account_id": rule.ServiceAccountID, "project_id": ours, "organization_id": "org-sim",
+			"scopes": []any{}, "expires_at": formatTime(time.Now().Add(5 * time.Minute))})
+		same(t, "ttl and renewable", fmt.Sprint(l.Expires.Sub(l.Issued), l.Renewable), "5m0s false")
+		e.MustRevoke(l)
+		same(t, "calls, and their host", fmt.Sprint(len(e.sim.Calls()), e.sim.Calls()[0].Host), "1auth.openai.com")
+		time.Sleep(5*time.Minute - 1)
+		same(t, "token works until its end", e.sim.Use(key), true)
+		time.Sleep(time.Nanosecond)
+		same(t, "token works after it", e.sim.Use(key), false)
+		e.lease("app")
+		e.Mistake("read creds/app", fields{"ttl": "61m"}, "max_ttl of 1h0m0s", "OpenAI's access tokens live at most 1h")
+		e.sim.ResetCalls()
+		e.look()
+		same(t, "calls of a tick", e.sim.Calls(), "[]")
+		e.NoError(e.Storage.Delete(t.Context(), "config/identity")) // by another node
+		e.lease("app")
+		e.b().InvalidateKey(t.Context(), "config/identity")
+		e.Mistake("read creds/app", nil, "write config/identity after config")
+	})
+}
+
+// TestIdentityBadInput: what is refused, and that nothing is stored or made then.
+func TestIdentityBadInput(t *testing.T) {
+	bads, long := vaultsim.Bads, strings.Repeat("x", 257)
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.sim.AddServiceAccount(ours, "a", "member")
+		role := fields{"project_id": ours, "service_account_id": account, "credential_type": accessToken}
+		e.Refused("roles/app", role, "write config/identity after config")
+		e.Refused("config/identity/rotate", nil, "write config/identity after config")
+		e.RefusesAll("config/identity", fields{}, slices.Concat(bads("issuer", "256", "a b", long),
+			bads("audience", "256", "a\nb", long), bads("ca_certificate", "PEM", "x"),
+			bads("token_endpoint", "token_endpoint", "http://h/", "x", "https://u:p@h/", "https://h/?q"),
+			bads("identity_provider_id", "128", "a/b")))
+		certificate, _ := vaultsim.NewCertificate(t)
+		for field, value := range (fields{"issuer": "x", "audience": "y", "token_endpoint": "https://thief.example/",
+			"ca_certificate": certificate, "identity_provider_id": "wip_other"}) {
+			e.Refused("config/identity", fields{field: value}, field, "delete config/identity")
+		}
+		e.Refused("config/identity/rotate", fields{"confirm": true}, "without confirm first")
+		e.OK("config/identity/rotate", fields{"confirm": nil})
+		unknown := vaultsim.With(role, "service_account_id", "svc_acct_x")
+		e.Refused("roles/app", unknown, "service_account_id", "was refused")
+		e.RefusesAll("roles/app", role, slices.Concat(
+			bads("credential_type", "api_key or access_token", "x", "Token"), bads("max_ttl", "at most 1h", "61m"),
+			bads("enforce_key_expiry", "always expire", false), bads("service_account_id", "required", nil)))
+		for field, value := range (fields{"credential_type": apiKeyType, "project_id": "proj_x",
+			"service_account_id": e.sim.AddServiceAccount(ours, "b", "member")}) {
+			e.Refused("roles/app", fields{field: value}, field, "fixed")
+		}
+		e.Refused("roles/web", role, "fixed") // a role of keys
+		e.Refused("roles/other", role, `account of role "app"`)
+		same(t, "rules", len(e.sim.Rules()), 1)
+	})
+}
+
+// TestIdentityElsewhere: where the plugin makes the provider, JWTs go to OpenAI or where config says: else who may
+// write config/identity, but not config, could get tokens sent to himself. An operator may send them anywhere.
+func TestIdentityElsewhere(t *testing.T) {
+	ca, _ := vaultsim.NewCertificate(t)
+	other, _ := vaultsim.NewCertificate(t)
+	const elsewhere = "https://thief.example/oauth/token"
+	gateway := fields{"api_endpoint": "https://gw.example:8443/v1", "ca_certificate": ca}
+	for _, tt := range []struct {
+		config           fields // nil: there is none
+		endpoint, ca, id string
+		warnings         int // -1: refused
+	}{
+		{fields{}, defaultTokenEndpoint, "", "", 0}, {fields{}, "https://api.openai.com/token", "", "", 0},
+		{gateway, "https://gw.example:8443/token", ca, "", 0}, {gateway, defaultTokenEndpoint, "", "", 0},
+		{gateway, "https://gw.example/token", "", "", -1}, {fields{}, "https://x.api.openai.com/", "", "", -1},
+		{fields{}, elsewhere, "", "", -1}, {fields{}, defaultTokenEndpoint, ca, "", -1},
+		{gateway, "https://gw.example:8443/token", other, "", -1}, {fields{}, elsewhere, ca, "wip_x", 1},
+		{nil, elsewhere, ca, "", 1},
+	} {
+		inBubble(t, func(t *testing.T, e *env) {
+			if e.Must("delete config", nil); tt.config != nil {
+				e.configure(tt.config)
+			}
+			data := fields{"token_endpoint": tt.endpoint, "ca_certificate": tt.ca, "identity_provider_id": tt.id}
+			if tt.warnings < 0 {
+				e.Unchanged(tt, func() { e.Refused("config/identity", data, "token_endpoint", "ca_certificate") })
+			} else {
+				e.Warned(tt, e.OK("config/identity", data), tt.warnings)
+			}
+			if tt.warnings > 0 { // nor does the plugin make the provider afterwards
+				e.configure(nil)
+				e.Refused("config/identity", fields{"identity_provider_id": ""}, "token_endpoint", "ca_certificate")
+			}
+			same(t, fmt.Sprint("a provider is there with ", tt), len(e.sim.Providers()) == 1, tt.warnings == 0)
+		})
+	}
+}
+
+// TestIdentityFirstWrite: a first write that OpenAI refuses stores nothing. Where the answer is lost, the next write
+// finds the provider by its name. A write also makes the rules of the roles that are there, and warns of what fails.
+func TestIdentityFirstWrite(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		provider := fault{Method: "POST", Path: "identity_providers$", Status: 400}
+		e.sim.Inject(provider)
+		e.Unchanged("refusal", func() { e.Refused("config/identity", nil, "saving the identity provider", "400") })
+		provider.Kind, provider.Process = "close", true
+		e.sim.Inject(provider)
+		e.Fails("write whose answer is lost", vaultsim.Failure(e.Write("config/identity", nil)), "no answer")
+		key := e.signing()
+		same(t, "keys after it", e.sim.KeyIDs(), []any{key})
+		e.Warned("next write", e.OK("config/identity", nil), 0)
+		same(t, "keys after the next", e.sim.KeyIDs(), []any{key})
+		same(t, "provider", e.Get("config/identity").Data["identity_provider_id"], e.sim.Providers()[0].ID)
+		e.tokenRole("app", nil)
+		e.sim.Operate("DELETE", "/RULE", nil)
+		e.sim.Inject(fault{Method: "POST", Path: "rules$", Status: 400})
+		e.Warned("write with a rule that fails", e.OK("config/identity", nil), 1, `role "app"`, "write it again", "400")
+		same(t, "rules", len(e.sim.Rules()), 0)
+		e.Warned("write", e.OK("config/identity", nil), 0)
+		e.lease("app")
+	})
+}
+
+// TestIdentityOperator: an operator makes provider and rule. A rotation waits for him, and nothing of his is deleted.
+func TestIdentityOperator(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEnv(t)
+		e.Warned("without a provider", e.OK("config/identity", nil), 1, "jwks", "identity_provider_id")
+		account := e.sim.AddServiceAccount(ours, "a", "member")
+		role := fields{"project_id": ours, "service_account_id": account, "credential_type": accessToken,
+			"scopes": "api.model.read"}
+		e.Refused("roles/app", role, "identity_provider_id")
+		shown, subject := e.Get("config/identity").Data, e.b().subject("app")
+		id := e.sim.Operate("POST", "", fields{"name": e.b().providerName(), "issuer": shown["issuer"],
+			"audience": shown["audience"], "verification": uploads(shown["jwks"])["verification"]})
+		e.sim.Operate("POST", "/PROVIDER/federation_rules", fields{"project_id": ours, "service_account_id": account,
+			"attribute_matchers": fields{"sub": subject},
+			"permissions":        fields{"type": "restricted", "scopes": []string{"api.model.read"}}})
+		resp := e.OK("config/identity", fields{"identity_provider_id": id})
+		e.Warned("with the provider", resp, 1, "an operator made")
+		e.Warned("role", e.OK("roles/app", role), 1, account, subject, "restricted")
+		e.Warned("role that needs the same rule", e.OK("roles/app", fields{"ttl": "10m"}), 0)
+		same(t, "requests", e.Wire.Sent(), "[]")
+		same(t, "scopes", e.lease("app").Data["scopes"], "[api.model.read]")
+		first := e.signing()
+		resp = e.OK("config/identity/rotate", nil)
+		e.Warned("rotation", resp, 1, "confirm=true")
+		same(t, "again", e.OK("config/identity/rotate", nil).Data, resp.Data)
+		same(t, "keys before he uploads", e.sim.KeyIDs(), []any{first})
+		_, err := e.Write("config/identity/rotate", fields{"confirm": true})
+		e.Fails("too early", err, "proving the new key", "kid")
+		e.lease("app")
+		e.sim.Operate("POST", "/PROVIDER", uploads(resp.Data["jwks"]))
+		e.OK("config/identity/rotate", fields{"confirm": true})
+		same(t, "keys after the rotation", e.sim.KeyIDs(), []any{first, e.signing()})
+		e.lease("app")
+		time.Sleep(time.Hour + requestTimeout)
+		e.Tick()
+		same(t, "kids in jwks", strings.Count(e.Get("config/identity").Data["jwks"].(string), "kid"), 1)
+		e.Warned("deletion of the role", e.Must("delete roles/app", nil), 1, subject)
+		e.configure(nil)
+		e.Warned("deletion", e.Must("delete config/identity", nil), 1, id)
+		e.Warned("another", e.Must("delete config/identity", nil), 0)
+		e.Must("delete roles/app", nil)
+		same(t, "left alone", e.sim.Federation(), "1 providers, 1 enabled, 1 rules")
+	})
+}
+
+// TestIdentityTrouble is README's table of what can be wrong, with the error of creds, and what mends it.
+func TestIdentityTrouble(t *testing.T) {
+	const write, rewrite = "config/identity", "roles/app"
+	unknown, err := newSigningKey()
+	same(t, "another key", err, nil)
+	jwks, _ := json.Marshal((&identity{Key: unknown}).jwks())
+	by := func(method, path string, in fields) func(*env) {
+		return func(e *env) { e.sim.Operate(method, path, in) }
+	}
+	disabled, otherSubject := fields{"enabled": false}, fields{"attribute_matchers": fields{"sub": "x"}}
+	type row struct {
+		trouble func(e *env)
+		status  int // of OpenAI's answer
+		text    string
+		mend    string // the path to write; empty: that does not help
+	}
+	inBubbles(t, map[string]row{
+		"provider deleted":  {(*env).providerAway, 401, "invalid_client", write},
+		"provider disabled": {by("POST", "/PROVIDER", disabled), 403, "unauthorized_client", write},
+		"key unknown":       {by("POST", "/PROVIDER", uploads(string(jwks))), 401, "invalid_subject_token", write},
+		"wrong audience":    {by("POST", "/PROVIDER", fields{"audience": "x"}), 401, "invalid_subject_token", write},
+		"rule deleted":      {by("DELETE", "/RULE", nil), 403, "access_denied", rewrite},
+		"rule disabled":     {by("POST", "/RULE", disabled), 403, "access_denied", ""},
+		"another subject":   {by("POST", "/RULE", otherSubject), 403, "access_denied", write},
+		"clock ahead": {func(e *env) { time.Sleep(11 * time.Minute); e.sim.Advance(-10 * time.Minute) }, 401,
+			"invalid_subject_token: The subject token is refused: its iat is in the future", ""},
+		"account deleted": {func(e *env) {
+			l := &lease{ProjectID: ours, ServiceAccountID: e.sim.Rules()[0].ServiceAccountID}
+			e.NoError(e.b().revokeAtOpenAI(context.Background(), e.Storage, l))
+		}, 400, "invalid_target", ""},
+	}, func(t *testing.T, e *env, tt row) {
+		e.keyless()
+		tt.trouble(e)
+		resp, err := e.Do(logical.ReadOperation, "creds/app", nil)
+		e.Fails("creds", vaultsim.Failure(resp, err), fmt.Sprintf("OpenAI answered %d %s", tt.status, tt.text),
+			"check token_endpoint and this machine's clock", "request id req_")
+		same(t, "is the caller's mistake", resp.IsError(), tt.status == 400)
+		if tt.mend != "" {
+			e.OK(tt.mend, nil)
+			e.lease("app")
+		}
+	})
+}
+
+// TestIdentityProviderChanged: rotation, tick and delete find the plugin's provider by its id. Only a write of
+// config/identity makes one that is gone again, with the rules, or turns one on again.
+func TestIdentityProviderChanged(t *testing.T) {
+	change := func(in fields) func(*env) { return func(e *env) { e.sim.Operate("POST", "/PROVIDER", in) } }
+	for name, tt := range map[string]struct {
+		change func(e *env)
+		stays  string // what there is after a rotation or a tick
+	}{
+		"renamed": {change(fields{"name": "Vault"}), works}, "gone": {(*env).providerAway, nothing},
+		"off": {change(fields{"enabled": false}), "1 providers, 0 enabled, 1 rules, creds false"},
+	} {
+		inBubbles(t, map[string][]string{
+			name + ", rotate": {"update config/identity/rotate", tt.stays}, name + ", tick": {"rollback", tt.stays},
+			name + ", write": {"update config/identity", works}, name + ", delete": {"delete config/identity", nothing},
+		}, func(t *testing.T, e *env, request []string) {
+			e.keyless()
+			e.OK("config/identity/rotate", nil) // so that a tick has to take the former key off
+			time.Sleep(2 * time.Hour)
+			tt.change(e)
+			_, _ = e.Request(request[0], nil)
+			same(t, "in the end", e.federation(), request[1])
+		})
+	}
+}
+
+// TestIdentityDelete: its first call turns the provider off, so that no rule gives tokens any more, however long it
+// takes to delete many. A write turns it on again. What another mount has is left alone.
+func TestIdentityDelete(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		e.Must("delete roles/web", nil)
+		for i := range 30 {
+			e.tokenRole(fmt.Sprint("r", i), nil)
+		}
+		roles := e.Storage.Keys("roles/")
+		e.sim.SetEndpointLimit(8, 0, false, true)
+		e.Fails("delete", vaultsim.Failure(e.Request("delete config/identity", nil)), "deleting the identity provider")
+		failIf(t, len(e.sim.Rules()) < 10, "%d rules are left, so that this shows nothing", len(e.sim.Rules()))
+		e.sim.SetEndpointLimit(0, 0, false, false)
+		for _, role := range roles {
+			_, err := e.Issue("creds/"+role, nil)
+			e.Fails(role, err, "unauthorized_client")
+		}
+		e.Warned("write", e.OK("config/identity", nil), 0)
+		for _, role := range roles {
+			e.lease(role)
+		}
+		other := newEnvOn(t, e.sim)
+		other.configure(nil)
+		other.OK("config/identity", nil)
+		e.Must("delete config/identity", nil)
+		same(t, "left", e.sim.KeyIDs(), []any{other.signing()})
+	})
+}
+
+// TestIdentityFaults stops each request at each of its steps and makes it again: nothing is too much then, or missing.
+func TestIdentityFaults(t *testing.T) {
+	const ruleless = "1 providers, 1 enabled, 0 rules, creds false"
+	for request, tt := range map[string]struct {
+		enough, prepared int    // prepared: 1: the mount is a provider, 2: and has the role
+		end              string // what there is after it was made again
+	}{
+		"update config/identity": {3, 0, ruleless}, "update config/identity/rotate": {5, 2, works},
+		"create roles/app": {6, 1, works}, "update roles/app": {6, 2, works}, "delete roles/app": {3, 2, ruleless},
+		"delete config/identity": {5, 2, nothing},
+	} {
+		t.Run(request, func(t *testing.T) {
+			vaultsim.EveryStep(t, tt.enough, func(t *testing.T, fault vaultsim.StepFault, at int) bool {
+				e := newConfiguredEnv(t)
+				data := fields{"project_id": ours, "credential_type": accessToken, "scopes": "api.a.read",
+					"service_account_id": e.sim.AddServiceAccount(ours, "a", "member")} // others ignore it
+				if tt.prepared > 0 {
+					e.sign()
+				}
+				if tt.prepared == 2 {
+					e.OK("roles/app", data)
+				}
+				op, path, _ := strings.Cut(request, " ")
+				reached := e.AtStep(fault, at, nil, func(ctx context.Context) {
+					_, _ = e.DoContext(ctx, logical.Operation(op), path, data)
+				})
+				if path == "config/identity/rotate" {
+					e.lease("app") // whatever the fault was
+				}
+				err := vaultsim.Failure(e.Request(request, data))
+				failIf(t, err != nil && !strings.Contains(err.Error(), "rotate after that"), "again: %v", err)
+				same(t, "in the end", e.federation(), tt.end)
+				if rules := e.sim.Rules(); len(rules) > 0 {
+					got := fmt.Sprint(e.Get("roles/app") != nil, rules[0].Scopes)
+					same(t, "role, and scopes of the rule", got, "true [api.a.read]")
+				}
+				e.OnlySealWrapped("private_key")
+				return reached
+			})
+		})
+	}
+}
+
+// TestIdentityRotation: tokens are handed out all the time while a new key takes ten seconds to count at OpenAI. The
+// former key is taken off when none of its tokens can live, whatever a tick meets meanwhile.
+func TestIdentityRotation(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		e.sim.SetJWKSDelay(10 * time.Second)
+		before, start := e.signing(), time.Now()
+		var readers sync.WaitGroup
+		readers.Go(func() {
+			vaultsim.AtOnce(8, 200, func() {
+				_, err := e.Issue("creds/app", fields{"ttl": "1m"})
+				failIf(t, err != nil, "creds during the rotation: %v", err)
+				time.Sleep(100 * time.Millisecond)
+			})
+		})
+		e.OK("config/identity/rotate", nil)
+		took := time.Since(start)
+		failIf(t, took < 10*time.Second || took > 13*time.Second, "took %s", took)
+		readers.Wait()
+		after, l := e.signing(), e.lease("app")
+		e.Refused("config/identity/rotate", nil, "rotate after that")
+		e.Run(time.Hour)
+		same(t, "keys while a token may live", e.sim.KeyIDs(), []any{before, after})
+		time.Sleep(requestTimeout)
+		e.sim.Inject(fault{Method: "POST", Path: "providers", Status: 403, Body: "<html>"})
+		e.Tick()
+		same(t, "keys after a proxy's 403", e.sim.KeyIDs(), []any{before, after})
+		e.Must("delete config", nil)
+		lines := e.Log.Count("warn", "")
+		e.Run(5 * time.Minute)
+		same(t, "warnings without config", e.Log.Count("warn", "")-lines, 0)
+		e.configure(nil)
+		e.Tick()
+		same(t, "keys with a config again", e.sim.KeyIDs(), []any{after})
+		same(t, "the last token works", e.sim.Use(l.Data["api_key"].(string)), false)
+		e.lease("app")
+	})
+}
+
+// TestIdentityRotationProof: a new key signs only when OpenAI has accepted it for a role, or no role is of tokens.
+func TestIdentityRotationProof(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		before := e.signing()
+		fails := func(what string, f fault, limit time.Duration, want string) {
+			t.Helper()
+			f.Path, f.Times = cmp.Or(f.Path, "/oauth/token"), -1
+			e.sim.Inject(f)
+			start := time.Now()
+			e.Fails(what, vaultsim.Failure(e.Write("config/identity/rotate", nil)), "proving the new key", want)
+			failIf(t, time.Since(start) > limit, "%s: took %s", what, time.Since(start))
+			e.sim.ClearFaults()
+			same(t, what+": the key that signs", e.signing(), before)
+			e.lease("app")
+		}
+		e.sim.SetJWKSDelay(10 * time.Minute)
+		fails("key that does not count", fault{Path: "^none$"}, checkTimeout+time.Second, "invalid_subject_token")
+		fails("refused connection", fault{Kind: "refuse"}, 10*time.Second, "connection refused")
+		fails("500", fault{Status: 500}, 10*time.Second, "500")
+		fails("a proxy's 403", fault{Status: 403, Body: "<html>"}, checkTimeout+time.Second, "403")
+		next := e.Get("config/identity").Data["next_key_id"]
+		same(t, "keys meanwhile", e.sim.KeyIDs(), []any{before, next})
+		time.Sleep(10 * time.Minute)
+		e.tokenRole("other", nil)
+		e.sim.Operate("POST", "/RULE", fields{"enabled": false}) // no proof for one role, but for the other
+		start := time.Now()
+		same(t, "key that signs", e.OK("config/identity/rotate", nil).Data["key_id"], next)
+		same(t, "time with one role that works", time.Since(start), 0*time.Second)
+		time.Sleep(2 * time.Hour)
+		e.Tick()
+		e.Must("delete roles/app", nil)
+		e.Must("delete roles/other", nil)
+		e.OK("config/identity/rotate", nil)
+		same(t, "keys without roles", e.sim.KeyIDs(), []any{next, e.signing()})
+	})
+}
+
+// TestIdentityDeadKey: an admin key that OpenAI has deleted keeps nobody from tokens, nor from ending them.
+func TestIdentityDeadKey(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		_, id := e.sim.AdminKey()
+		e.sim.AddAdminKey("another")
+		e.NoError(e.b().newClient(e.config()).deleteAdminKey(t.Context(), id))
+		e.lease("app")
+		role := e.OK("roles/app", fields{"scopes": "api.model.read"})
+		e.Warned("role", role, 1, "the plugin changed nothing", "401", "or creds fail")
+		for request, want := range map[string]string{"update config/identity/rotate": "confirm=true",
+			"delete roles/app": "may be there still", "delete config/identity": "is there still"} {
+			before := e.Snapshot()
+			e.Warned(request, e.Must(request, nil), 1, "the plugin changed nothing", "401", want)
+			e.Restore(before)
+		}
+	})
+}
+
+// TestTokenJWT checks what is signed against the standards.
+func TestTokenJWT(t *testing.T) {
+	key, err := newSigningKey()
+	same(t, "new key", err, nil)
+	id, b := &identity{Issuer: "i", Audience: "a", Key: key}, newBackend(nil, "")
+	s, err := b.newSigner(id, key)
+	same(t, "signer", err, nil)
+	text, err := s.jwt("s", time.Unix(1000, 1), time.Minute)
+	same(t, "signing", err, nil)
+	for i, want := range []fields{{"alg": "RS256", "kid": key.KeyID, "typ": "JWT"},
+		{"aud": "a", "exp": 1060, "iat": 1000, "iss": "i", "sub": "s"}} {
+		raw, err := base64.RawURLEncoding.DecodeString(strings.Split(text, ".")[i])
+		part := fields{}
+		failIf(t, err != nil || json.Unmarshal(raw, &part) != nil, "part %d: %q, %v", i, raw, err)
+		same(t, "part of the JWT", part, want)
+	}
+	public, _ := json.Marshal(map[string]string{"e": key.E, "kty": "RSA", "n": key.N}) // sorted by name
+	sum := sha256.Sum256(public)
+	same(t, "kid, by RFC 7638", key.KeyID, base64.RawURLEncoding.EncodeToString(sum[:]))
+	_, err = b.newSigner(id, &signingKey{PrivateKey: []byte("x")})
+	same(t, "a broken key", err, "the signing key that is stored is not an RSA key in PKCS #1")
+}
+
+// TestTokenLease: no lease outlives its token, whatever OpenAI's clock says. One that is much too short has a warning.
+func TestTokenLease(t *testing.T) {
+	type row struct{ latency, ahead, lease, warnings time.Duration } // in seconds; lease: of 60 that were asked for
+	inBubbles(t, map[string]row{
+		"at once": {0, 0, 60, 0}, "slow": {20, 0, 30, 0}, "ahead": {0, 20, 40, 0}, "far ahead": {0, 40, 20, 1},
+		"behind": {0, -50, 60, 0}, "slow and ahead": {20, 20, 10, 1},
+	}, func(t *testing.T, e *env, tt row) {
+		e.keyless()
+		time.Sleep(time.Minute) // OpenAI must not have got the key later than now
+		e.sim.Advance(tt.ahead * time.Second)
+		e.sim.SetLatency(tt.latency * time.Second)
+		l, err := e.Issue("creds/app", fields{"ttl": "1m"})
+		e.NoError(err)
+		same(t, "lease", l.Expires.Sub(l.Issued), tt.lease*time.Second)
+		same(t, "expires_at", l.Data["expires_at"], formatTime(l.Expires))
+		text := fmt.Sprintf("OpenAI's token lives %ds, not 1m0s: check this machine's clock", tt.lease)
+		same(t, "warnings", l.Warnings, []string{text}[:tt.warnings])
+		time.Sleep(time.Until(l.Expires) - 1)
+		same(t, "token works at the lease's end", e.sim.Use(l.Data["api_key"].(string)), true)
+	})
+}
+
+// TestTokenScopes: a token that can do more than its role says is thrown away. What OpenAI says is masked and cut.
+func TestTokenScopes(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		e.tokenRole("scoped", fields{"scopes": "api.model.read,api.b.read"})
+		for scope, want := range map[string]string{"": "[api.model.read api.b.read]", "api.b.read": "[api.b.read]",
+			"none": "all that the account can", "api.b.read api.all.read": "api.all.read",
+			"eyJhbGciOi.eyJzdWIi.c2ln " + strings.Repeat("x", 500_000): "sk-*** xxx"} {
+			e.sim.SetTokenScope(scope)
+			l, err := e.Issue("creds/scoped", nil)
+			if !strings.HasPrefix(want, "[") {
+				e.Fails("creds", err, "could do more", want, "write the role again")
+				failIf(t, len(fmt.Sprint(err)) > 2000, "error of %d bytes", len(fmt.Sprint(err)))
+				continue
+			}
+			e.NoError(err)
+			same(t, "scopes", l.Data["scopes"], want)
+			same(t, "reaches models", e.sim.Use(l.Data["api_key"].(string)), strings.Contains(want, "model"))
+		}
+		failIf(t, len(e.Log.String()) > 20_000, "log of %d bytes", len(e.Log.String()))
+		e.sim.SetTokenScope("")
+		for _, scopes := range [][]string{{"api.c.read"}, {}} {
+			e.OK("roles/scoped", fields{"scopes": scopes})
+			same(t, "scopes", e.lease("scoped").Data["scopes"], scopes)
+		}
+		same(t, "rules", len(e.sim.Rules()), 2)
+	})
+}
+
+// TestTokenFaults: what the token endpoint can do wrong is tried again where that may help, and shows no secret.
+func TestTokenFaults(t *testing.T) {
+	body := func(old, new string) fault {
+		text := strings.Replace(`{"access_token":"eyJ","token_type":"Bearer","expires_in":60}`, old, new, 1)
+		return fault{Status: 200, Body: text}
+	}
+	echo := `{"error":"invalid_grant","error_description":"eyJhbGciOi.eyJzdWIi.c2ln and -----BEGIN PRIVATE KEY----- x"}`
+	type row struct {
+		fault
+		calls int
+		text  string // of the error; empty: none
+	}
+	inBubbles(t, map[string]row{
+		"429": {fault{Status: 429}, 2, ""}, "408": {fault{Status: 408}, 2, ""}, "409": {fault{Status: 409}, 2, ""},
+		"500, three times": {fault{Status: 500, Times: 3}, 4, ""}, "502": {fault{Status: 502, Process: true}, 2, ""},
+		"closed": {fault{Kind: "close", Process: true}, 2, ""}, "refused": {fault{Kind: "refuse"}, 2, ""},
+		"hangs once": {fault{Kind: "hang"}, 2, ""}, "malformed": {fault{Kind: "malformed"}, 1, "not the JSON"},
+		"hangs":     {fault{Kind: "hang", Times: -1}, 3, "no answer from " + defaultTokenEndpoint + ": timed out"},
+		"500":       {fault{Status: 500, Times: -1}, 4, "OpenAI answered 500 server_error"},
+		"oversized": {fault{Kind: "oversized"}, 1, "larger than 1 MiB"},
+		"redirect":  {fault{Kind: "redirect"}, 1, "redirects are not followed; check " + defaultTokenEndpoint},
+		"400":       {fault{Status: 400, Body: echo}, 1, "OpenAI answered 400 invalid_grant: sk-*** and PEM-***"},
+		"a proxy":   {fault{Status: 403, Body: "<html>"}, 1, "OpenAI answered 403: Forbidden"},
+		"no token":  {body("eyJ", ""), 1, "lacks what it must hold"}, "two lines": {body("eyJ", `a\nb`), 1, "lacks"},
+		"no life": {body("60", "0"), 1, "lacks"}, "endless life": {body("60", "9000000000000000"), 1, "lacks"},
+		"another type": {body("Bearer", "N_A"), 1, "lacks"}, "a life of words": {body("60", `"x"`), 1, "not the JSON"},
+	}, func(t *testing.T, e *env, tt row) {
+		e.keyless()
+		e.sim.ResetCalls()
+		tt.Path = "/oauth/token"
+		e.sim.Inject(tt.fault)
+		e.Unchanged("exchange", func() {
+			_, err := e.Issue("creds/app", nil)
+			if tt.text == "" {
+				e.NoError(err)
+				return
+			}
+			e.Fails("creds", err, tt.text)
+			failIf(t, strings.Contains(err.Error(), "admin API key"), "advice about a key that there is not: %v", err)
+		})
+		same(t, "calls", len(e.sim.Calls()), tt.calls)
+	})
+}
+
+// TestTokenRoleDeleted: who deletes a role while a rotation hangs ends its creds at once, and its rule after that.
+func TestTokenRoleDeleted(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		var deletion sync.WaitGroup
+		e.Wire.BeforeEach(func(n int, _ *http.Request) {
+			if n > 1 {
+				return
+			}
+			deletion.Go(func() { e.Must("delete roles/app", nil) })
+			for i := 0; i < 100_000 && len(e.Storage.Keys("roles/")) > 1; i++ {
+				runtime.Gosched()
+			}
+			_, err := e.Issue("creds/app", nil)
+			e.Fails("creds", err, `role "app" does not exist`)
+		})
+		e.OK("config/identity/rotate", nil)
+		deletion.Wait()
+		same(t, "in the end", e.federation(), "1 providers, 1 enabled, 0 rules, creds false")
+	})
+}
+
+// TestTokenRoleReplaced: a write of a role that meanwhile is deleted and written anew, as one of the other kind, leaves
+// a rule for what is stored in the end, and none for a role of keys.
+func TestTokenRoleReplaced(t *testing.T) {
+	for kind, rules := range map[string]int{apiKeyType: 0, accessToken: 1} {
+		inKeylessBubble(t, func(t *testing.T, e *env) {
+			role, reads := vaultsim.With(e.Get("roles/app").Data, "subject"), 0
+			if role["credential_type"] = kind; kind == accessToken {
+				e.Must("delete roles/app", nil)
+				e.OK("roles/app", vaultsim.With(role, "credential_type"))
+			}
+			e.Storage.SetAfter(func(verb, key string) error {
+				if verb+" "+key == "get roles/app" {
+					reads++
+				}
+				if reads == 2 { // the first one is of the existence check
+					reads++
+					e.Must("delete roles/app", nil)
+					e.OK("roles/app", role)
+				}
+				return nil
+			})
+			e.OK("roles/app", fields{"scopes": "api.b.read"})
+			same(t, "kind", e.Get("roles/app").Data["credential_type"], kind)
+			same(t, kind+": rules", len(e.sim.Rules()), rules)
+			same(t, "scopes", e.lease("app").Data["scopes"], "[api.b.read]")
+		})
+	}
+}
+
 // past returns a name of the mount whose end has passed for so long.
 func (e *env) past(since time.Duration) string {
 	return "web-" + newSuffix(e.b().mountID, time.Now().Add(-since))
@@ -3674,6 +4351,11 @@ func TestMetricsFamilies(t *testing.T) {
 		"hourly": func(e *env, _ *vaultsim.Lease) { e.OK("config", hourly) },
 		"lose":   func(e *env, _ *vaultsim.Lease) { e.sim.Inject(lost) },
 		"refuse": func(e *env, _ *vaultsim.Lease) { e.sim.Inject(fault{Method: "DELETE", Status: 403}) },
+		"sign":   func(e *env, _ *vaultsim.Lease) { e.OK("config/identity", nil) },
+		"token": func(e *env, _ *vaultsim.Lease) {
+			e.tokenRole("app", nil)
+			_, _ = e.Issue("creds/app", nil)
+		},
 	}
 	const left = "lose issue refuse revoke" // an account whose creation was lost, and a revocation that failed
 	fails, refused, limited := fault{Times: -1}, fault{Status: 403, Times: -1}, fault{Status: 429, Header: after("7")}
@@ -3705,6 +4387,9 @@ func TestMetricsFamilies(t *testing.T) {
 		{`rotations_total{trigger="manual",result="failure"}`, "", fails, "rotate", 1},
 		{`rotations_total{trigger="plugin",result="success"}`, "hourly hour", none, "tick", 1},
 		{`rotations_total{trigger="plugin",result="failure"}`, "hourly hour", refused, "tick", 1},
+		{`token_exchanges_total{result="success"}`, "sign", none, "token", 1},
+		{`token_exchanges_total{result="failure"}`, "sign", fault{Path: "oauth", Times: -1}, "token", 1},
+		{`signing_key_created_timestamp_seconds`, "", none, "sign", start},
 		{`cleanups_total{result="success"}`, left, none, "tick", 1},
 		{`cleanups_total{result="failure"}`, left, refused, "tick", 1},
 		{`cleanups_pending`, "", fails, "revoke", 1},
@@ -3756,7 +4441,7 @@ func TestMetricsFamilies(t *testing.T) {
 // README and in the dashboard.
 func TestMetricsStart(t *testing.T) {
 	e := newEnv(t)
-	same(t, "series", len(e.series()), 2+3*2+3*2+3)
+	same(t, "series", len(e.series()), 2+4*2+3*2+3)
 	e.Mistake("read metrics", fields{"format": "xml"}, "format")
 	for _, file := range []string{"README.md", "examples/grafana/dashboard.json"} {
 		text, err := os.ReadFile(file)

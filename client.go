@@ -7,13 +7,18 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -28,6 +33,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -277,7 +283,7 @@ func isJudged(err error) bool {
 
 // Errors of useClient, before OpenAI is asked.
 var (
-	errNotConfigured     = errors.New("the OpenAI secrets engine is not configured: write config first")
+	errNotConfigured     = errutil.UserError{Err: "the OpenAI secrets engine is not configured: write config first"}
 	errOtherOrganization = errors.New("config has another organization than")
 )
 
@@ -289,7 +295,7 @@ func notDone(err error) bool {
 }
 
 var (
-	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+|eyJ[\w-]+\.[\w-]+\.[\w-]*`) // keys and JWTs
+	keyPattern = regexp.MustCompile(`sk-[^\s"',;]+|eyJ[\w.-]+`) // keys and JWTs
 	pemPattern = regexp.MustCompile(`(?s)-----BEGIN.*`)
 	// certificateRefused is how a TLS 1.3 handshake fails that a server ends after we have sent, before it reads that.
 	certificateRefused = regexp.MustCompile(`remote error: tls: .*certificate|client conn could not be established`)
@@ -304,7 +310,9 @@ func (c *client) clean(text string) string {
 		}
 		return r
 	}, text)
-	text = strings.ReplaceAll(text, c.config.AdminAPIKey, "sk-***")
+	if c.config.AdminAPIKey != "" {
+		text = strings.ReplaceAll(text, c.config.AdminAPIKey, "sk-***")
+	}
 	text = keyPattern.ReplaceAllString(text, "sk-***")
 	text = pemPattern.ReplaceAllString(text, "PEM-***")
 	if len(text) > 500 {
@@ -432,8 +440,10 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	if err != nil {
 		return &apiError{Message: "making the request failed", err: err}
 	}
-	req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
-	req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
+	if c.config.AdminAPIKey != "" { // the token endpoint takes none
+		req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
+		req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
+	}
 	req.Header.Set("User-Agent", strings.TrimSuffix("vault-plugin-secrets-openai/"+version, "/"))
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
@@ -500,13 +510,17 @@ func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 	case len(raw) > maxAnswer:
 		e.Message = "the answer is larger than 1 MiB"
 	case resp.StatusCode >= 300 && resp.StatusCode < 400:
-		e.Message = "redirects are not followed; check api_endpoint"
+		e.Message = "redirects are not followed; check " + c.config.APIEndpoint
 	case resp.StatusCode < 200 || resp.StatusCode > 299:
 		var body struct {
 			Error struct {
 				Message, Type string
 				Code, Param   any
 			}
+		}
+		var oauth struct { // RFC 6749, section 5.2
+			Error       string
+			Description string `json:"error_description"`
 		}
 		e.Message = http.StatusText(resp.StatusCode)
 		if json.Unmarshal(raw, &body) == nil && body.Error.Message != "" {
@@ -515,6 +529,8 @@ func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 			code, _ := body.Error.Code.(string)
 			param, _ := body.Error.Param.(string)
 			e.Code, e.Param = c.clean(code), c.clean(param)
+		} else if json.Unmarshal(raw, &oauth) == nil && oauth.Error != "" {
+			e.Code, e.Message = c.clean(oauth.Error), c.clean(cmp.Or(oauth.Description, e.Message))
 		}
 	case json.Unmarshal(raw, out) != nil:
 		// The decoder's error would quote the answer.
@@ -834,6 +850,208 @@ func (c *client) deleteAdminKey(ctx context.Context, id string) error {
 		_, err := c.getAdminKey(ctx, c.config.AdminAPIKeyID)
 		return err
 	})
+}
+
+// What the Admin API has of workload identity federation: identity providers, and the rules of each.
+const (
+	provider      = "identity_provider"
+	rule          = "federation_rule"
+	providersPath = "/organization/workload_identity_providers"
+)
+
+func rulesPath(providerID string) string {
+	return providersPath + apiPath(providerID, "federation_rules")
+}
+
+// federated is a provider or a rule.
+type federated struct {
+	ID               string
+	Name             string
+	ServiceAccountID string `json:"service_account_id"` // of a rule
+}
+
+// listFederated returns the providers, or the rules of a provider.
+func (c *client) listFederated(ctx context.Context, kind, path string) (found []federated, err error) {
+	err = listAll(ctx, c, "list_"+kind+"s", path, url.Values{}, func(f federated, _ time.Time) {
+		if validID(f.ID) {
+			found = append(found, f)
+		}
+	})
+	return found, err
+}
+
+// saveFederated changes the provider or rule of this id to in, and returns its id. Without an id it changes the one of
+// in's name, a rule only if it is for the same account, or makes one, with the fields of fixed too.
+func (c *client) saveFederated(ctx context.Context, kind, path, id string, in, fixed map[string]any) (string, error) {
+	if id == "" {
+		all, err := c.listFederated(ctx, kind, path)
+		if err != nil {
+			return "", err
+		}
+		account, _ := fixed["service_account_id"].(string)
+		for _, f := range all {
+			if f.Name == in["name"] && f.ServiceAccountID == account {
+				id = f.ID
+			}
+		}
+	}
+	op := post("update_"+kind, path+apiPath(id), in)
+	op.repeatable = true
+	if id == "" {
+		in = maps.Clone(in)
+		maps.Copy(in, fixed)
+		op = post("create_"+kind, path, in)
+	}
+	saved, err := ask(ctx, c, op, func(f *federated) bool { return validID(f.ID) && (id == "" || f.ID == id) })
+	return saved.ID, err
+}
+
+// deleteFederated deletes a provider, which must have no rules, or a rule. What is gone already is no error.
+func (c *client) deleteFederated(ctx context.Context, kind, path, id string) error {
+	return c.remove(ctx, kind, path+apiPath(id), func() error {
+		_, err := c.listFederated(ctx, kind, path)
+		return err
+	})
+}
+
+// deleteRules deletes the rules of a provider that have this name, or all.
+func (c *client) deleteRules(ctx context.Context, providerID, name string) error {
+	rules, err := c.listFederated(ctx, rule, rulesPath(providerID))
+	if isNotFound(err) {
+		return nil // they have gone with their provider
+	}
+	for _, f := range rules {
+		if err == nil && (name == "" || f.Name == name) {
+			err = c.deleteFederated(ctx, rule, rulesPath(providerID), f.ID)
+		}
+	}
+	return err
+}
+
+// deleteProvider turns a provider off, so that no key of it works from then on, and deletes its rules and then itself.
+func (c *client) deleteProvider(ctx context.Context, id string) error {
+	_, err := c.saveFederated(ctx, provider, providersPath, id, map[string]any{"enabled": false}, nil)
+	if isNotFound(err) {
+		return nil
+	}
+	if err == nil {
+		err = c.deleteRules(ctx, id, "")
+	}
+	if err == nil {
+		err = c.deleteFederated(ctx, provider, providersPath, id)
+	}
+	return err
+}
+
+const (
+	defaultTokenEndpoint = "https://auth.openai.com/oauth/token" // #nosec G101 -- a URL, not a credential
+	maxTokenLife         = time.Hour                             // OpenAI's limit
+)
+
+// errNoIdentity is an error of a mount without an identity, or with one that has no provider yet.
+var errNoIdentity = errutil.UserError{Err: "OpenAI has no identity provider of this mount: write config/identity " +
+	"after config, or with the identity_provider_id of one that an operator made"}
+
+// signer makes JWTs with a key of an identity and exchanges them for access tokens. A change of the identity makes a
+// new signer.
+type signer struct {
+	identity
+	keyID  string
+	key    *rsa.PrivateKey
+	client *client // of the token endpoint, without an admin key
+
+	mu      sync.Mutex // guards what follows
+	said    string     // by the last JWT
+	lastJWT string
+}
+
+func (b *backend) newSigner(id *identity, k *signingKey) (*signer, error) {
+	key, err := x509.ParsePKCS1PrivateKey(k.PrivateKey)
+	if err != nil {
+		return nil, errors.New("the signing key that is stored is not an RSA key in PKCS #1")
+	}
+	c := b.newClient(&config{APIEndpoint: id.TokenEndpoint, CACertificate: id.CACertificate})
+	c.throttle = newThrottle() // of its own: tokens do not wait for the Admin API
+	return &signer{identity: *id, keyID: k.KeyID, key: key, client: c}, nil
+}
+
+// getSigner returns the mount's signer, made from the stored identity where there is none yet.
+func (b *backend) getSigner(ctx context.Context, s logical.Storage) (*signer, error) {
+	b.signerMu.Lock()
+	defer b.signerMu.Unlock()
+	if b.signer != nil {
+		return b.signer, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, undoTimeout) // others wait
+	defer cancel()
+	id, err := getIdentity(ctx, s)
+	if err == nil && id == nil {
+		err = errNoIdentity
+	}
+	if err == nil {
+		b.signer, err = b.newSigner(id, id.Key)
+	}
+	return b.signer, err
+}
+
+func base64url(raw []byte) string { return base64.RawURLEncoding.EncodeToString(raw) }
+
+// jwt returns a signed JWT (RFC 7519) about subject, which lives for ttl from now on. Signing is most of what a token
+// costs this machine: whoever wants what the last JWT says, within the same second, gets that one. It can be exchanged
+// again and again.
+func (s *signer) jwt(subject string, now time.Time, ttl time.Duration) (string, error) {
+	expires := now.Add(ttl).Unix()
+	says := fmt.Sprint(now.Unix(), expires, subject)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if says == s.said {
+		return s.lastJWT, nil
+	}
+	header, _ := json.Marshal(map[string]any{"alg": "RS256", "typ": "JWT", "kid": s.keyID})
+	claims, _ := json.Marshal(map[string]any{"iss": s.Issuer, "aud": s.Audience, "sub": subject,
+		"iat": now.Unix(), "exp": expires})
+	text := base64url(header) + "." + base64url(claims)
+	digest := sha256.Sum256([]byte(text))
+	signature, err := rsa.SignPKCS1v15(nil, s.key, crypto.SHA256, digest[:])
+	if err != nil {
+		return "", fmt.Errorf("signing a JWT: %w", err)
+	}
+	s.said, s.lastJWT = says, text+"."+base64url(signature)
+	return s.lastJWT, nil
+}
+
+// token is an access token as the token endpoint answers it.
+type token struct {
+	Value     string `json:"access_token"`
+	Type      string `json:"token_type"`
+	ExpiresIn int64  `json:"expires_in"` // seconds
+	Scope     string // what it is restricted to, with spaces between; empty: it is not
+}
+
+var tokenPattern = regexp.MustCompile(`^[!-~]+$`)
+
+// exchange makes a token of a service account (RFC 8693). It costs one call, which is safe to repeat.
+func (s *signer) exchange(ctx context.Context, subject, accountID string, ttl time.Duration) (*token, error) {
+	assertion, err := s.jwt(subject, time.Now(), ttl)
+	if err != nil {
+		return nil, err
+	}
+	const urn = "urn:ietf:params:oauth:"
+	op := post("exchange_token", "", map[string]any{
+		"grant_type": urn + "grant-type:token-exchange", "subject_token_type": urn + "token-type:jwt",
+		"subject_token": assertion, "identity_provider_id": s.ProviderID, "service_account_id": accountID,
+	})
+	op.repeatable = true
+	t, err := ask(ctx, s.client, op, func(t *token) bool {
+		return tokenPattern.MatchString(t.Value) && strings.EqualFold(t.Type, "Bearer") &&
+			t.ExpiresIn > 0 && t.ExpiresIn <= int64(maxTokenLife/time.Second)
+	})
+	if isRefused(err) && !isStatus(err, http.StatusTooManyRequests) {
+		err = fmt.Errorf("%w; check token_endpoint and this machine's clock, and at OpenAI that the identity provider "+
+			"is there, enabled, and has the issuer, audience and jwks of config/identity, and that it has one enabled "+
+			"rule, with the role's subject, for the role's service account", err)
+	}
+	return t, err
 }
 
 // tlsConfig returns the TLS settings of cfg; nil: those of the mount's own transport. Its error names the field.

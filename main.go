@@ -2,15 +2,17 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Vault-plugin-secrets-openai is a HashiCorp Vault secrets engine for OpenAI. It makes service accounts with API keys
-// under Vault leases, deletes them when the lease ends, and rotates the admin key that it does this with.
+// under Vault leases, deletes them when the lease ends, and rotates the admin key that it does this with. It also signs
+// JWTs and exchanges them for access tokens, without an admin key.
 //
 // Reading order: main.go; backend.go, what is stored, the names of credentials, the mount, log and metrics;
-// client.go, the OpenAI Admin API; paths.go, the paths, what a lease does, clean-up and tidy; rotate.go, rotation of
-// the admin key.
+// client.go, the OpenAI Admin API and the exchange; paths.go, the paths, what a lease does, clean-up and tidy;
+// rotate.go, the engine's own keys: rotation of the admin key, and config/identity.
 //
 // Storage, below the mount's own prefix. Nothing is written on the path of a credential:
 //
 //	config          the admin key and its settings (type config), seal-wrapped
+//	config/identity the key that signs for access tokens, and its settings (type identity), seal-wrapped
 //	roles/<name>    a role (type role)
 //	cleanup/<id>    a credential that could not be deleted at OpenAI yet (type lease)
 package main

@@ -23,12 +23,20 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
+	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/helper/template"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
-// secretType is what Vault files leases under; the older plugin's is the same.
-const secretType = "openai_api_key" // #nosec G101 -- a name, not a credential
+// secretType and tokenSecretType are what Vault files leases under; the older plugin's is the first.
+const (
+	secretType      = "openai_api_key"      // #nosec G101 -- a name, not a credential
+	tokenSecretType = "openai_access_token" // #nosec G101 -- a name, not a credential
+
+	// apiKeyType and accessToken are the values of credential_type.
+	apiKeyType  = "api_key"
+	accessToken = "access_token"
+)
 
 // toResponseData is what reading config shows: everything but the key.
 func (cfg *config) toResponseData() map[string]any {
@@ -407,6 +415,7 @@ func (r *role) toResponseData() map[string]any {
 		"scopes":                        append([]string{}, r.Scopes...),
 		"service_account_role":          r.ServiceAccountRole,
 		"service_account_id":            r.ServiceAccountID,
+		"credential_type":               cmp.Or(r.CredentialType, apiKeyType),
 	}
 }
 
@@ -420,7 +429,7 @@ func pathRoles(b *backend) []*framework.Path {
 		"ttl": defaulted(duration, int(defaultTTL.Seconds()),
 			"TTL of a lease when its reader asks for none. More than 0, at most max_ttl. Default 1h."),
 		"max_ttl": defaulted(duration, int(defaultMaxTTL.Seconds()),
-			"Longest TTL of a lease, renewals included. More than 0, at most 365 days. Default 24h."),
+			"Longest TTL of a lease, renewals included. At most 365 days, default 24h; with access_token both are 1h."),
 		"enforce_key_expiry": defaulted(boolean, true,
 			"Whether OpenAI itself expires a key, about a minute after its lease's end: true or false. Default true."),
 		"scopes": field(texts,
@@ -428,9 +437,12 @@ func pathRoles(b *backend) []*framework.Path {
 		"service_account_role": field(text,
 			"Role of a service account that is made for a key with scopes: member or owner. Default member."),
 		"service_account_id": field(text,
-			"ID of an existing service account that keys are made on. Default: each key gets an account of its own."),
+			"ID of an existing service account that keys or tokens are of. Default: each key has one of its own."),
+		"credential_type": defaulted(text, apiKeyType, "What creds hands out, fixed with the first write: api_key, or "+
+			"access_token, which needs config/identity and service_account_id. Default api_key."),
 	}
 	fields := maps.Clone(settings)
+	settings["subject"] = field(text, "The sub of the JWTs that a role of access tokens exchanges.")
 	fields["name"] = required(text, "Name of the role.")
 	names := fieldMap{"keys": field(framework.TypeStringSlice, "Names of the roles.")}
 	write := forwarded(operation(b.roleWrite, "write", "", "Create or update a role.", nil))
@@ -465,25 +477,67 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *fieldDa
 	if err != nil || r == nil {
 		return nil, err
 	}
-	return &logical.Response{Data: r.toResponseData()}, nil
+	data := r.toResponseData()
+	if r.CredentialType == accessToken {
+		data["subject"] = b.subject(d.Get("name").(string))
+	}
+	return &logical.Response{Data: data}, nil
 }
 
+// roleDelete deletes the role, so that it hands out no more, and then its rule at OpenAI, which a role that is gone
+// already may have left there.
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
-	b.roleMu.Lock()
-	defer b.roleMu.Unlock()
 	name := d.Get("name").(string)
-	if err := req.Storage.Delete(ctx, rolePrefix+name); err != nil {
+	b.roleMu.Lock()
+	was, err := getRole(ctx, req.Storage, name)
+	if err == nil {
+		err = req.Storage.Delete(ctx, rolePrefix+name)
+	}
+	b.roleMu.Unlock()
+	if err != nil {
 		return nil, fmt.Errorf("deleting role %q: %w", name, err)
 	}
 	b.report(ctx, req, "role-delete", nil, "name", name)
-	return nil, nil
+	if was != nil && was.CredentialType != accessToken {
+		return nil, nil
+	}
+	resp := &logical.Response{}
+	b.identityMu.Lock()
+	defer b.identityMu.Unlock()
+	now, err := getRole(ctx, req.Storage, name) // it may have been written again meanwhile
+	if err == nil && now == nil {
+		err = b.deleteRule(ctx, req.Storage, name)
+	}
+	if cannotManage(err) {
+		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): a rule with the matcher sub=%s may be "+
+			"there still", err, b.subject(name)))
+	} else if err != nil {
+		return answerError(fmt.Errorf("the role is deleted, but not its federation rule, delete it again: %w", err))
+	}
+	return warningsOnly(resp), nil
+}
+
+// getRoles reads all roles, by name.
+func getRoles(ctx context.Context, s logical.Storage) (roles map[string]*role, err error) {
+	names, err := s.List(ctx, rolePrefix)
+	roles = map[string]*role{}
+	for _, name := range names {
+		r, err := getRole(ctx, s, name)
+		if err != nil {
+			return nil, err
+		}
+		if r != nil {
+			roles[name] = r
+		}
+	}
+	return roles, err
 }
 
 // roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
 // sees it too. If OpenAI cannot be reached, the role is stored with a warning.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	for {
+	for locked := false; ; {
 		was, err := getRole(ctx, req.Storage, name)
 		if err != nil {
 			return nil, err
@@ -495,12 +549,23 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldD
 		if err := r.update(d); err != nil {
 			return logical.ErrorResponse(err.Error()), nil
 		}
+		if r.CredentialType == accessToken && !locked {
+			b.identityMu.Lock()
+			defer b.identityMu.Unlock()
+			locked = true
+			continue // another write may have come meanwhile
+		}
 		resp := &logical.Response{}
 		sample := nameData{RoleName: name, RandomSuffix: newSuffix("sample", time.Now()), ProjectID: r.ProjectID}
 		if _, err := renderName(r.ServiceAccountNameTemplate, sample); err != nil {
 			return logical.ErrorResponse("service_account_name_template %s", err), nil
 		}
-		if err := b.checkRole(ctx, req.Storage, r, resp); err != nil {
+		if r.CredentialType == accessToken {
+			err = b.checkTokenRole(ctx, req.Storage, name, was, r, resp)
+		} else {
+			err = b.checkRole(ctx, req.Storage, "", r, resp)
+		}
+		if err != nil {
 			return answerError(err)
 		}
 		if limit := b.System().MaxLeaseTTL(); limit > 0 && r.MaxTTL > limit {
@@ -529,13 +594,14 @@ func (b *backend) storeRole(ctx context.Context, s logical.Storage, name string,
 	return true, putJSON(ctx, s, rolePrefix+name, r)
 }
 
-// checkRole asks OpenAI about what the role names, adds warnings and fills in the account's name. If OpenAI can't be
-// asked, that is a warning.
-func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to *logical.Response) error {
+// checkRole asks OpenAI about what the role names, in the organization if that is known, adds warnings and fills in the
+// account's name. If OpenAI can't be asked, that is a warning.
+func (b *backend) checkRole(ctx context.Context, s logical.Storage, organization string, r *role,
+	to *logical.Response) error {
 	field, value := "project_id", r.ProjectID
 	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	err := b.useClient(ctx, s, "", func(c *client) error {
+	err := b.useClient(ctx, s, organization, func(c *client) error {
 		p, err := c.getProject(ctx, r.ProjectID)
 		if err == nil && p.Status == "archived" {
 			err = &apiError{Status: http.StatusBadRequest, Message: "the project is archived"}
@@ -569,14 +635,17 @@ func (b *backend) checkRole(ctx context.Context, s logical.Storage, r *role, to 
 
 // update sets the fields that d names and checks what needs no call. Its error is the caller's.
 func (r *role) update(d *fieldData) error {
+	before := *r
 	setID(d, "project_id", &r.ProjectID)
 	setText(d, "service_account_name_template", &r.ServiceAccountNameTemplate)
 	setText(d, "service_account_description", &r.ServiceAccountDescription)
 	setID(d, "service_account_role", &r.ServiceAccountRole)
-	was := r.ServiceAccountID
 	setID(d, "service_account_id", &r.ServiceAccountID)
-	if r.ServiceAccountID != was {
+	if r.ServiceAccountID != before.ServiceAccountID {
 		r.ServiceAccountName = ""
+	}
+	if setID(d, "credential_type", &r.CredentialType); r.CredentialType == accessToken && before.TTL == 0 {
+		r.MaxTTL = maxTokenLife
 	}
 	setSeconds(d, "ttl", &r.TTL)
 	setSeconds(d, "max_ttl", &r.MaxTTL)
@@ -616,6 +685,30 @@ func (r *role) update(d *fieldData) error {
 		return errors.New("service_account_role and service_account_id exclude each other: the account keeps its role")
 	case r.ServiceAccountRole != "" && len(r.Scopes) == 0:
 		return errors.New("service_account_role needs scopes: an account with an unrestricted key is made a member")
+	}
+	return r.checkKind(&before)
+}
+
+// checkKind checks what depends on the kind of credential; before is the role as it was, without a TTL if it is new.
+func (r *role) checkKind(before *role) error {
+	if r.CredentialType == apiKeyType {
+		r.CredentialType = ""
+	}
+	switch {
+	case r.CredentialType != "" && r.CredentialType != accessToken:
+		return errors.New("credential_type must be api_key or access_token")
+	case before.TTL != 0 && (r.CredentialType != before.CredentialType || r.CredentialType == accessToken &&
+		(r.ServiceAccountID != before.ServiceAccountID || r.ProjectID != before.ProjectID)):
+		return errors.New("credential_type and, with access_token, project_id and service_account_id are fixed: " +
+			"delete the role and write it anew")
+	case r.CredentialType == "":
+		return nil
+	case r.ServiceAccountID == "":
+		return errors.New("service_account_id is required with credential_type=access_token")
+	case r.MaxTTL > maxTokenLife:
+		return errors.New("max_ttl must be at most 1h with credential_type=access_token: no token lives longer")
+	case r.UnexpiringKeys:
+		return errors.New("enforce_key_expiry must be true with credential_type=access_token: tokens always expire")
 	}
 	return nil
 }
@@ -690,13 +783,13 @@ func pathCreds(b *backend) []*framework.Path {
 	ttl := field(duration, "TTL of the lease. More than 0, at most the role's max_ttl. Default: the role's ttl.")
 	ttl.Query = true
 	// Leases belong to the cluster that issues them: only standbys pass this on.
-	read := operation(b.credsRead, "generate", "", "Make an API key under a new lease.", secretFields())
+	read := operation(b.credsRead, "generate", "", "Make an API key or access token under a new lease.", secretFields())
 	read.ForwardPerformanceStandby = true
 	return []*framework.Path{{
 		Pattern: "creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("credentials"),
 		Fields:       fieldMap{"name": required(framework.TypeString, "Name of the role."), "ttl": ttl},
 		Operations:   operations{logical.ReadOperation: read, logical.UpdateOperation: read}, // some tools send by PUT
-		HelpSynopsis: "Make an API key under a new lease.", HelpDescription: credsHelpDescription,
+		HelpSynopsis: "Make an API key or access token under a new lease.", HelpDescription: credsHelpDescription,
 	}}
 }
 
@@ -727,6 +820,19 @@ func secretAPIKey(b *backend) *framework.Secret {
 	return &framework.Secret{Type: secretType, Fields: secretFields(), Renew: b.credRenew, Revoke: b.credRevoke}
 }
 
+// secretAccessToken has no Renew: its leases are not renewable.
+func secretAccessToken(b *backend) *framework.Secret {
+	return &framework.Secret{Type: tokenSecretType, Fields: secretFields(), Revoke: b.tokenRevoke}
+}
+
+// tokenRevoke only reports: OpenAI has no way to end a token before its time.
+func (b *backend) tokenRevoke(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
+	l := &lease{}
+	err := remarshal(req.Secret.InternalData, l)
+	b.reportCredential(ctx, req, "revoke", l, err)
+	return nil, nil
+}
+
 // credsRead makes a credential. Nothing is stored: OpenAI expires the key, and the name tells tidy when the account
 // can be deleted if Vault never got the answer.
 func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
@@ -746,8 +852,18 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldD
 		ProjectID: r.ProjectID, ServiceAccountID: r.ServiceAccountID, Role: roleName, KeyExpires: !r.UnexpiringKeys,
 		KeyOnly: r.ServiceAccountID != "", End: endOf(time.Now(), r.MaxTTL).Unix(),
 	}
-	key, err := b.issue(ctx, req, r, l, ttl)
-	if !errors.Is(err, errNotConfigured) { // who may read creds must not fill the log
+	kind, scopes, key := secretType, r.Scopes, (*apiKey)(nil)
+	if r.CredentialType == accessToken {
+		kind = tokenSecretType
+		asked := ttl
+		key, ttl, scopes, err = b.issueToken(ctx, req.Storage, r, l, ttl)
+		if asked-ttl > clockTolerance/10 {
+			warning = fmt.Sprintf("OpenAI's token lives %s, not %s: check this machine's clock", ttl, asked)
+		}
+	} else {
+		key, err = b.issue(ctx, req, r, l, ttl)
+	}
+	if !isMistake(err) { // who may read creds must not fill the log
 		b.reportCredential(ctx, req, "issue", l, err)
 	}
 	if err != nil {
@@ -762,10 +878,10 @@ func (b *backend) credsRead(ctx context.Context, req *logical.Request, d *fieldD
 	if err := remarshal(l, &internal); err != nil {
 		return nil, err
 	}
-	resp := b.Secret(secretType).Response(map[string]any{
+	resp := b.Secret(kind).Response(map[string]any{
 		"api_key": key.Value, "api_key_id": l.APIKeyID,
 		"service_account": account, "service_account_id": l.ServiceAccountID,
-		"project_id": r.ProjectID, "organization_id": l.OrganizationID, "scopes": append([]string{}, r.Scopes...),
+		"project_id": r.ProjectID, "organization_id": l.OrganizationID, "scopes": append([]string{}, scopes...),
 		"expires_at": formatTime(unixTime(key.ExpiresAt)),
 	}, internal)
 	resp.Secret.TTL, resp.Secret.MaxTTL = ttl, r.MaxTTL
@@ -784,7 +900,11 @@ func (r *role) leaseTTL(d *fieldData, limit time.Duration) (ttl time.Duration, w
 	ttl = r.TTL
 	setSeconds(d, "ttl", &ttl)
 	if ttl <= 0 || ttl > r.MaxTTL {
-		return 0, "", fmt.Errorf("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL)
+		err = fmt.Errorf("ttl must be more than 0 and at most the role's max_ttl of %s", r.MaxTTL)
+		if r.CredentialType == accessToken {
+			err = fmt.Errorf("%w: OpenAI's access tokens live at most 1h", err)
+		}
+		return 0, "", err
 	}
 	// Vault would shorten the lease behind our back, and the key would outlive it.
 	if limit > 0 && ttl > limit {
@@ -833,6 +953,40 @@ func (b *backend) issue(ctx context.Context, req *logical.Request, r *role, l *l
 		b.undo(ctx, req.Storage, l, err)
 	}
 	return key, err
+}
+
+// issueToken exchanges a JWT about the role for an access token, whose lease is l. It returns the token, how long it
+// lives and what it is restricted to. Nothing is left at OpenAI but the token, which ends by itself; one that can do
+// more than the role says is thrown away.
+func (b *backend) issueToken(ctx context.Context, s logical.Storage, r *role, l *lease, ttl time.Duration) (
+	key *apiKey, life time.Duration, scopes []string, err error) {
+	signer, err := b.getSigner(ctx, s)
+	if err == nil && signer.ProviderID == "" {
+		err = errNoIdentity
+	}
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	defer func() { b.metrics.add("token_exchanges_total", 1, "result", result(err)) }()
+	l.OrganizationID = signer.OrganizationID
+	start := time.Now()
+	t, err := signer.exchange(ctx, b.subject(l.Role), r.ServiceAccountID, ttl)
+	if err != nil {
+		return nil, 0, nil, fmt.Errorf("exchanging for an access token: %w", err)
+	}
+	// The lease must not outlive the token, and a TTL of 0 would be Vault's default.
+	life = min(ttl, time.Duration(t.ExpiresIn)*time.Second) - time.Since(start)
+	if life < time.Second {
+		return nil, 0, nil, errors.New("the exchange took longer than the token lives: ask for a longer ttl")
+	}
+	scopes = strings.Fields(t.Scope)
+	beyond := func(scope string) bool { return !slices.Contains(r.Scopes, scope) }
+	if len(r.Scopes) > 0 && (len(scopes) == 0 || slices.ContainsFunc(scopes, beyond)) {
+		return nil, 0, nil, fmt.Errorf("the token could do more than the role's scopes, and was thrown away: the rule "+
+			"at OpenAI gives %q; write the role again or, if an operator made the rule, restrict it there",
+			cmp.Or(signer.client.clean(t.Scope), "all that the account can"))
+	}
+	return &apiKey{Value: t.Value, ExpiresAt: time.Now().Add(life).Unix()}, life, scopes, nil
 }
 
 // create makes what the role says: a key on an account of its own (one call), a key on an existing account (one
@@ -897,6 +1051,9 @@ func (b *backend) undo(ctx context.Context, s logical.Storage, l *lease, cause e
 	}
 }
 
+// isMistake tells whether err is a caller's mistake that was found without OpenAI.
+func isMistake(err error) bool { return errors.As(err, new(errutil.UserError)) }
+
 // answerError turns an error of OpenAI into a handler's answer. What OpenAI refused is the request's fault, a 400; an
 // admin key that is not accepted is not.
 func answerError(err error) (*logical.Response, error) {
@@ -905,7 +1062,7 @@ func answerError(err error) (*logical.Response, error) {
 		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower "+
 			"ttl and max_ttl", err)
 	}
-	if isJudged(err) || errors.Is(err, errNotConfigured) {
+	if isJudged(err) || isMistake(err) {
 		return logical.ErrorResponse(err.Error()), nil
 	}
 	return nil, err
@@ -1141,16 +1298,18 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 
 // tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
 func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *lease) error {
-	names, err := s.List(ctx, rolePrefix)
-	for i := 0; err == nil && !l.KeyOnly && i < len(names); i++ {
-		var r *role
-		if r, err = getRole(ctx, s, names[i]); r != nil && r.ServiceAccountID == l.id() {
-			return nil
+	if !l.KeyOnly {
+		roles, err := getRoles(ctx, s)
+		if err != nil {
+			return err
+		}
+		for _, r := range roles {
+			if r.ServiceAccountID == l.id() {
+				return nil
+			}
 		}
 	}
-	if err != nil {
-		return err
-	}
+	var err error
 	if !p.dryRun {
 		err = b.revokeAtOpenAI(ctx, s, l)
 		b.metrics.add("tidy_deletions_total", 1, "result", result(err))
@@ -1396,7 +1555,8 @@ func (b *backend) metricsRead(ctx context.Context, req *logical.Request, d *fiel
 const backendHelp = `
 The OpenAI secrets engine makes OpenAI service accounts with API keys on demand and deletes them when their lease ends.
 Give it an Admin API key with "config", describe what to hand out with "roles/<name>", and read keys from
-"creds/<name>". It rotates its own Admin API key with "config/rotate" or on a schedule.
+"creds/<name>". It rotates its own Admin API key with "config/rotate" or on a schedule. With "config/identity" it hands
+out access tokens for which it needs no Admin API key.
 `
 
 // The long help texts of the paths.
@@ -1417,6 +1577,9 @@ three kinds. With neither scopes nor service_account_id, each key gets a service
 member of the project can do. With scopes it also gets one of its own (service_account_role), and is restricted to the
 scopes. With service_account_id, keys are made on this existing account, and revocation never deletes the account.
 
+With credential_type=access_token a role hands out access tokens of an existing account, for at most an hour, without
+the Admin API: see config/identity. Its write makes a federation rule at OpenAI, and its delete deletes that.
+
 The template can use .RoleName, .RandomSuffix, .ProjectID, .ProjectName and .DisplayName (of the token that asks), and
 the functions of Vault's user name templates. What is not a letter, digit, - or _ becomes -. A name ends in - and
 .RandomSuffix, 19 characters from which tidy knows it: where the template does not end so, both are appended, and what
@@ -1424,7 +1587,20 @@ is longer than 64 characters is cut before them.
 `
 	credsHelpDescription = `
 Each read makes a new API key as the role says. The lease can be renewed up to the role's max_ttl; when it ends or is
-revoked, the service account is deleted with its key. Where the role names an existing account, only the key is.
+revoked, the service account is deleted with its key. Where the role names an existing account, only the key is. An
+access token, also in api_key, lasts as long as its lease, which can't be renewed; revocation does not end it.
+`
+	identityHelpDescription = `
+Makes a key that signs JWTs, and the mount an identity provider (workload identity federation) at OpenAI with the
+public key. Roles with credential_type=access_token then exchange JWTs for tokens, without the Admin API key, which may
+be deleted after the set-up. With a config the plugin makes the provider. Without one, or with identity_provider_id, an
+operator makes it, with the issuer, audience and jwks that a read shows. All but identity_provider_id is fixed: delete
+the identity and write it anew. A delete also deletes the provider and the rules that the plugin made.
+`
+	identityRotateHelpDescription = `
+Publishes a new key beside the present one, waits until OpenAI accepts a JWT of it, and signs with it from then on. The
+former key stays published for as long as a token of it can live. Where the plugin can't give OpenAI the keys, it
+answers the new jwks and goes on signing with the present key until it is called with confirm=true.
 `
 	tidyHelpDescription = `
 The name of each account and key that this mount makes tells which mount made it (mount_id) and by when nobody can have

@@ -196,6 +196,8 @@ func TestPrometheus(t *testing.T) {
 	prometheus.await(`vault_openai_tidy_passes_total{result="success"}`, 1, 4*time.Minute)
 	prometheus.await(`vault_openai_tidy_last_pass_timestamp_seconds > time() - 600`, math.NaN(), time.Minute)
 
+	e.newIdentity("")
+	e.token("token")
 	text := e.scrape("X-Vault-Token", e.Token)
 	readme, err := os.ReadFile("../README.md")
 	if err != nil {

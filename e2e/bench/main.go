@@ -95,7 +95,8 @@ func simulate(ctx context.Context) error {
 		json.NewEncoder(w).Encode(len(sim.ServiceAccounts(openaisim.DefaultProject)))
 	})
 	key, _ := sim.AdminKey()
-	json.NewEncoder(os.Stdout).Encode([]string{"http://" + listener.Addr().String(), key})
+	json.NewEncoder(os.Stdout).Encode([]string{"http://" + listener.Addr().String(), key,
+		sim.AddServiceAccount(direct, "for tokens", "member")})
 	go func() {
 		io.Copy(io.Discard, os.Stdin)
 		os.Exit(0)
@@ -200,6 +201,9 @@ func (b *bench) setUp(dir string) (size, minimum int64, err error) {
 		{"secrets", "enable", "null"},
 		{"write", "openai/config", "admin_api_key=" + b.key, "organization_id=" + openaisim.DefaultOrganization, "api_endpoint=" + b.openai + "/v1"},
 		{"write", "openai/roles/app", "project_id=" + openaisim.DefaultProject},
+		{"write", "openai/config/identity", "token_endpoint=" + b.openai + "/oauth/token"},
+		{"write", "openai/roles/token", "project_id=" + direct, "credential_type=access_token",
+			"service_account_id=" + told[2]},
 	} {
 		if result := b.server.CLI(b.ctx, args...); result.Code != 0 {
 			return 0, 0, fmt.Errorf("vault %s: %s", args[0], result.Stderr)
@@ -263,6 +267,7 @@ func (b *bench) vault(method, path string, in any) error {
 }
 
 func (b *bench) issue() error   { return b.vault("GET", "openai/creds/app", nil) }
+func (b *bench) token() error   { return b.vault("GET", "openai/creds/token", nil) }
 func (b *bench) nothing() error { return b.vault("GET", "null/nothing?wait=0", nil) }
 func (b *bench) waiting() error { return b.vault("GET", "null/nothing?wait="+latency.String(), nil) }
 
@@ -480,6 +485,9 @@ func (b *bench) measure(size, minimum int64) error {
 			fmt.Sprintf("%.2f, %.2f, %.2f", issued/waiting, issued/posts, issued/ideal))
 		row("with an OpenAI that takes no time", fmt.Sprintf("%.0f", instant),
 			fmt.Sprintf("%.0f of an engine that calls nobody", nothing), fmt.Sprintf("%.2f", instant/nothing))
+		r = b.rates(workers, kind{b.token, latency}, kind{b.waiting, latency})
+		row(fmt.Sprintf("Access tokens a second, %d at a time", workers), fmt.Sprintf("%.0f", r[0]),
+			fmt.Sprintf("%.0f of an engine that waits %s and writes nothing", r[1], latency), fmt.Sprintf("%.2f", r[0]/r[1]))
 	}
 
 	return b.measureMany(row, size, minimum)

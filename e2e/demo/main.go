@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Demo shows the engine on a real Vault dev server with a simulated OpenAI, from
-// registration to a key that is used, revoked and refused. With KEEP=1 in the environment
+// registration to a key that is used, revoked and refused, and to an access token after the
+// admin key was deleted. With KEEP=1 in the environment
 // all of it stays up until Ctrl-C.
 package main
 
@@ -98,6 +99,18 @@ func run(ctx context.Context) error {
 	if d.err == nil && len(sim.ServiceAccounts(openaisim.DefaultProject)) > 0 {
 		d.err = errors.New("a service account is left at OpenAI")
 	}
+	account := sim.AddServiceAccount(openaisim.DefaultProject, "my-app", "member")
+
+	d.say("Now without an admin key. The mount becomes an identity provider at OpenAI, with a signing key of its own.")
+	d.vault("write", "openai/config/identity", "token_endpoint="+openai.URL+"/oauth/token")
+	d.vault("write", "openai/roles/my-token", "credential_type=access_token", "project_id="+openaisim.DefaultProject,
+		"service_account_id="+account)
+
+	d.say("Vault forgets the admin key: nothing in it could manage the organization any more.")
+	d.vault("delete", "openai/config")
+
+	d.say("An application asks for an access token: one call, without the Admin API. It works until its end.")
+	d.use(field(d.vault("read", "openai/creds/my-token", "ttl=5m"), "api_key"), http.StatusOK)
 	if d.err != nil {
 		return fmt.Errorf("%w\n%s", d.err, harness.Mask(server.Log()))
 	}
@@ -106,8 +119,8 @@ func run(ctx context.Context) error {
 		return nil
 	}
 	say("All of it runs until Ctrl-C. In another terminal:")
-	fmt.Printf("export PATH=%s:\"$PATH\"\nexport VAULT_ADDR=%s\nexport VAULT_TOKEN=%s\nvault read openai/creds/my-role\n"+
-		"curl -H \"Authorization: Bearer $(vault read -field=api_key openai/creds/my-role)\" %s/v1/models\n",
+	fmt.Printf("export PATH=%s:\"$PATH\"\nexport VAULT_ADDR=%s\nexport VAULT_TOKEN=%s\nvault read openai/creds/my-token\n"+
+		"curl -H \"Authorization: Bearer $(vault read -field=api_key openai/creds/my-token)\" %s/v1/models\n",
 		filepath.Dir(binary), server.Addr, server.Token, openai.URL)
 	<-ctx.Done()
 	return nil

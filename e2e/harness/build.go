@@ -175,7 +175,7 @@ func tail(text string, n int) string {
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
 }
 
-var secretPattern = regexp.MustCompile(`\b(sk-|hvs\.)[A-Za-z0-9._-]+`)
+var secretPattern = regexp.MustCompile(`\b(sk-|hvs\.|eyJ)[A-Za-z0-9._-]+`)
 
 // Mask hides API keys and Vault tokens in text that is printed.
 func Mask(text string) string { return secretPattern.ReplaceAllString(text, "$1***") }

@@ -9,6 +9,15 @@ path "openai/config/rotate" {
   capabilities = ["update"]
 }
 
+# The mount as an identity provider, for access tokens, and its signing key.
+path "openai/config/identity" {
+  capabilities = ["read", "update", "delete"]
+}
+
+path "openai/config/identity/rotate" {
+  capabilities = ["update"]
+}
+
 path "openai/roles" {
   capabilities = ["list"]
 }

@@ -5,6 +5,8 @@ package openaisim
 
 import (
 	"encoding/json"
+	"fmt"
+	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
@@ -158,6 +160,25 @@ func (s *Server) providerList() []Provider {
 	return list
 }
 
+// Federation tells how many providers there are, how many of them are enabled, and how many rules.
+func (s *Server) Federation() string {
+	all, enabled := s.Providers(), 0
+	for _, p := range all {
+		if p.Enabled {
+			enabled++
+		}
+	}
+	return fmt.Sprintf("%d providers, %d enabled, %d rules", len(all), enabled, len(s.Rules()))
+}
+
+// KeyIDs returns the kid of each key that was uploaded for a provider, in order for each.
+func (s *Server) KeyIDs() (ids []string) {
+	for _, p := range s.Providers() {
+		ids = append(ids, p.KeyIDs...)
+	}
+	return ids
+}
+
 // Rules returns the federation rules of all providers, in order of creation for each.
 func (s *Server) Rules() []Rule {
 	s.lock()
@@ -173,6 +194,31 @@ func (s *Server) ruleList() []Rule {
 		}
 	}
 	return list
+}
+
+// Operate makes a call of the Admin API about providers and rules with the first admin key, as
+// an operator does, and returns the id in the answer. Its path is below that of the providers:
+// PROVIDER in it is the id of the first provider, and RULE the path of that one's first rule.
+// The call meets no fault and is not among Calls. Operate panics when it fails.
+func (s *Server) Operate(method, path string, body map[string]any) (id string) {
+	if list := s.Rules(); len(list) > 0 {
+		path = strings.ReplaceAll(path, "RULE", list[0].ProviderID+"/federation_rules/"+list[0].ID)
+	}
+	if list := s.Providers(); len(list) > 0 {
+		path = strings.ReplaceAll(path, "PROVIDER", list[0].ID)
+	}
+	key, _ := s.AdminKey()
+	in := &incoming{method: method, path: "/v1/" + providers + path, header: http.Header{
+		"Authorization": {"Bearer " + key}, "Content-Type": {"application/json"}}}
+	if body != nil {
+		in.body, _ = json.Marshal(body)
+	}
+	a := s.carryOut(in, &Call{})
+	var made struct{ ID string }
+	if err := json.Unmarshal(a.body, &made); err != nil || a.status != http.StatusOK {
+		panic(fmt.Sprintf("openaisim: %s %s: %s", method, path, a.body))
+	}
+	return made.ID
 }
 
 // SetJWKSDelay makes keys that are uploaded from now on count only after d. A key that was

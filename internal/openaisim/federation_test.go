@@ -322,6 +322,32 @@ func TestRules(t *testing.T) {
 	})
 }
 
+// TestOperate: an operator's calls name the first provider and rule by words, meet no fault and are not recorded.
+func TestOperate(t *testing.T) {
+	s := New()
+	s.Fail("", "", 500)
+	jwks := obj{"type": "uploaded_jwks", "jwks": obj{"keys": []any{rsaJWK("one", rsaKeys()[0])}}}
+	for _, name := range []string{"a", "b"} {
+		id := s.Operate("POST", "", obj{"name": name, "issuer": "i", "audience": "a", "verification": jwks})
+		same(t, "id", s.Providers()[len(s.Providers())-1].ID, id)
+	}
+	account := s.AddServiceAccount(DefaultProject, "a", "none")
+	rule := s.Operate("POST", "/PROVIDER/federation_rules", obj{"project_id": DefaultProject,
+		"service_account_id": account, "attribute_matchers": obj{"sub": "x"}})
+	same(t, "rule", s.Rules()[0].ID, rule)
+	s.Operate("POST", "/PROVIDER", obj{"enabled": false})
+	same(t, "federation", s.Federation(), "2 providers, 1 enabled, 1 rules")
+	same(t, "keys", s.KeyIDs(), []string{"one", "one"})
+	func() {
+		defer func() { same(t, "panics", recover() != nil, true) }()
+		s.Operate("DELETE", "/PROVIDER", nil) // it has a rule
+	}()
+	s.Operate("DELETE", "/RULE", nil)
+	s.Operate("DELETE", "/PROVIDER", nil)
+	same(t, "federation", s.Federation(), "1 providers, 1 enabled, 0 rules")
+	same(t, "calls", len(s.Calls()), 0)
+}
+
 func TestRuleList(t *testing.T) {
 	s := New()
 	provider, other := newProvider(t, s, nil), newProvider(t, s, nil)

@@ -284,9 +284,11 @@ func (s *Server) Names(projects ...string) map[string]string {
 	return names
 }
 
-// ShowsKey tells whether a text has anything like a key in it, apart from a masked one (sk-***).
+// ShowsKey tells whether a text has anything like a key in it, apart from a masked one (sk-***), or a JWT as those of
+// an identity provider and the simulator's tokens begin, or a private key in PEM.
 func ShowsKey(text string) bool {
-	return strings.Contains(strings.ReplaceAll(text, "sk-***", ""), "sk-")
+	return strings.Contains(strings.ReplaceAll(text, "sk-***", ""), "sk-") || strings.Contains(text, "eyJhbGci") ||
+		strings.Contains(text, "PRIVATE KEY-----")
 }
 
 // Use tells whether /v1/models would accept this project key or access token now.

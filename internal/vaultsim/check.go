@@ -138,6 +138,19 @@ func (v *Vault) Unchanged(what any, request func()) {
 	Same(v.tb, fmt.Sprint("storage is as it was: ", what), maps.Equal(v.Storage.All(), before), true)
 }
 
+// OnlySealWrapped fails the test if an entry of storage that Vault does not wrap with its seal has
+// one of the texts in it.
+func (v *Vault) OnlySealWrapped(texts ...string) {
+	v.tb.Helper()
+	wrapped := v.Backend().SpecialPaths().SealWrapStorage
+	for key, value := range v.Storage.All() {
+		if !slices.Contains(wrapped, key) &&
+			slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(value, text) }) {
+			v.tb.Errorf("%s holds what must be wrapped with Vault's seal", key)
+		}
+	}
+}
+
 // Bad is a value of a field that must be refused, by a message with the field's name and Want.
 type Bad struct {
 	Field, Want string

@@ -134,6 +134,15 @@ func TestChecks(t *testing.T) {
 		}
 	}
 	check(t, "storage", v.Storage.All()["strict"], "good")
+	wrapped := New(r, func(ctx context.Context, config *logical.BackendConfig) (logical.Backend, error) {
+		b := &framework.Backend{PathsSpecial: &logical.Paths{SealWrapStorage: []string{"wrapped"}}}
+		return b, b.Setup(ctx, config)
+	})
+	wrapped.Storage.Set("wrapped", "a secret")
+	wrapped.Storage.Set("open", "the other")
+	check(t, "what is wrapped", r.of(func() { wrapped.OnlySealWrapped("one", "secret") }), "")
+	check(t, "what is not", r.of(func() { wrapped.OnlySealWrapped("one", "other") }),
+		"open holds what must be wrapped with Vault's seal")
 }
 
 // TestRefusesAll: a bad value that is accepted is found, alone or in the place of the valid one.
