@@ -29,6 +29,7 @@ import (
 	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/helper/consts"
 	"github.com/hashicorp/vault/sdk/helper/errutil"
+	"github.com/hashicorp/vault/sdk/helper/locksutil"
 	"github.com/hashicorp/vault/sdk/logical"
 )
 
@@ -53,15 +54,20 @@ const (
 	_              = uint(tidyMargin - clockTolerance - 2*requestTimeout)
 )
 
-// config is the storage entry "config". The older plugin's entry has the fields up to and including
-// AutomatedRotationParams.
-type config struct {
-	AdminAPIKey     string    `json:"admin_api_key"`
-	AdminAPIKeyID   string    `json:"admin_api_key_id"` // empty in entries of the earliest versions
-	APIEndpoint     string    `json:"api_endpoint"`     // without a trailing slash
-	OrganizationID  string    `json:"organization_id"`
-	LastRotatedTime time.Time `json:"last_rotated_time"` // when the key was written or rotated
+// schedule is when a key of the engine's own is rotated.
+type schedule struct {
+	// LastRotatedTime is when the key was written or rotated.
+	LastRotatedTime time.Time `json:"last_rotated_time"`
 	automatedrotationutil.AutomatedRotationParams
+}
+
+// config is the storage entry "config". The older plugin's entry has the fields up to and including schedule.
+type config struct {
+	AdminAPIKey    string `json:"admin_api_key"`
+	AdminAPIKeyID  string `json:"admin_api_key_id"` // empty in entries of the earliest versions
+	APIEndpoint    string `json:"api_endpoint"`     // without a trailing slash
+	OrganizationID string `json:"organization_id"`
+	schedule
 
 	// RotationManager is who rotates on schedule: one of the manager constants of rotate.go; empty in the older
 	// plugin's entries.
@@ -155,7 +161,32 @@ type lease struct {
 
 	// Of an account or key while it is made, or found in a list:
 	Name string    `json:"-"`
-	At   time.Time `json:"-"` // when its creation was lost, or when it was in a list: see listAll
+	At   time.Time `json:"-"` // when its creation was lost
+}
+
+// staticRole is the storage entry "static-roles/<name>". One without a key is no role: it names what is left to be
+// deleted of a role that was deleted, or whose first key was not stored.
+type staticRole struct {
+	ProjectID        string   `json:"project_id"`
+	ServiceAccountID string   `json:"service_account_id"`
+	Scopes           []string `json:"scopes,omitempty"`
+	schedule
+	Overlap  time.Duration    `json:"overlap"` // how long a replaced key lives on
+	Key      staticKey        `json:"key"`
+	Former   []staticKey      `json:"former,omitempty"`   // replaced keys
+	Creating []staticCreating `json:"creating,omitempty"` // of which it is not known whether OpenAI made them
+}
+
+type staticKey struct {
+	lease
+	Value   string    `json:"value,omitempty"`  // empty when it is replaced
+	Expires time.Time `json:"expires,omitzero"` // at OpenAI; zero: never
+	Until   time.Time `json:"until,omitzero"`   // when it is deleted, once it is replaced
+}
+
+type staticCreating struct {
+	creatingKey
+	ProjectID string `json:"project_id"`
 }
 
 // Where the entries are, and defaults of what is in them.
@@ -163,6 +194,7 @@ const (
 	configPath    = "config"
 	identityPath  = "config/identity"
 	rolePrefix    = "roles/"
+	staticPrefix  = "static-roles/"
 	cleanupPrefix = "cleanup/"
 
 	defaultEndpoint     = "https://api.openai.com/v1"
@@ -173,16 +205,31 @@ const (
 	defaultDescription  = "Service account created by Vault"
 )
 
-// getJSON reads a storage entry into out; false when there is none.
-func getJSON(ctx context.Context, s logical.Storage, key string, out any) (bool, error) {
+// getJSON reads a storage entry into out, and returns out; nil when there is none.
+func getJSON[T any](ctx context.Context, s logical.Storage, key string, out *T) (*T, error) {
 	entry, err := s.Get(ctx, key)
-	if err == nil && entry != nil {
+	if err == nil && entry == nil {
+		return nil, nil
+	}
+	if err == nil {
 		err = entry.DecodeJSON(out)
 	}
 	if err != nil {
-		return false, fmt.Errorf("reading %s: %w", key, err)
+		return nil, fmt.Errorf("reading %s: %w", key, err)
 	}
-	return entry != nil, nil
+	return out, nil
+}
+
+// getAll reads all entries below prefix, by name, each with get.
+func getAll[T any](ctx context.Context, s logical.Storage, prefix string,
+	get func(context.Context, logical.Storage, string) (*T, error)) (map[string]*T, error) {
+	all := map[string]*T{}
+	names, err := s.List(ctx, prefix)
+	for i := 0; err == nil && i < len(names); i++ {
+		all[names[i]], err = get(ctx, s, names[i])
+	}
+	maps.DeleteFunc(all, func(_ string, v *T) bool { return v == nil })
+	return all, err
 }
 
 func putJSON(ctx context.Context, s logical.Storage, key string, value any) error {
@@ -207,23 +254,16 @@ func remarshal(in, out any) error {
 
 // getConfig reads the config; nil when there is none.
 func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
-	cfg := &config{}
-	found, err := getJSON(ctx, s, configPath, cfg)
-	if err != nil || !found {
-		return nil, err
+	cfg, err := getJSON(ctx, s, configPath, &config{})
+	if cfg != nil {
+		cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/") // as the older plugin may have it
 	}
-	cfg.APIEndpoint = strings.TrimRight(cfg.APIEndpoint, "/") // as the older plugin may have it
-	return cfg, nil
+	return cfg, err
 }
 
 // getIdentity reads the identity; nil when there is none.
 func getIdentity(ctx context.Context, s logical.Storage) (*identity, error) {
-	id := &identity{}
-	found, err := getJSON(ctx, s, identityPath, id)
-	if err != nil || !found {
-		return nil, err
-	}
-	return id, nil
+	return getJSON(ctx, s, identityPath, &identity{})
 }
 
 // newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.
@@ -236,9 +276,8 @@ func newRole() *role {
 
 // getRole reads a role; nil when there is none.
 func getRole(ctx context.Context, s logical.Storage, name string) (*role, error) {
-	r := newRole()
-	found, err := getJSON(ctx, s, rolePrefix+name, r)
-	if err != nil || !found {
+	r, err := getJSON(ctx, s, rolePrefix+name, newRole())
+	if err != nil || r == nil {
 		return nil, err
 	}
 	if r.MaxTTL <= 0 {
@@ -248,6 +287,13 @@ func getRole(ctx context.Context, s logical.Storage, name string) (*role, error)
 		r.TTL = min(defaultTTL, r.MaxTTL)
 	}
 	return r, nil
+}
+
+// tokenRoles reads the roles of access tokens, by name.
+func tokenRoles(ctx context.Context, s logical.Storage) (map[string]*role, error) {
+	roles, err := getAll(ctx, s, rolePrefix, getRole)
+	maps.DeleteFunc(roles, func(_ string, r *role) bool { return r.CredentialType != accessToken })
+	return roles, err
 }
 
 var idPattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)
@@ -353,10 +399,10 @@ type backend struct {
 	refusals atomic.Int32 // revocations in a row that were answered 401
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from reading config to writing it.
-	// It guards what rotate.go keeps in memory about that:
-	configMu         sync.Mutex
-	retryRotation    time.Time // when a rotation that failed may be tried again
-	rotationFailures int       // in a row
+	configMu     sync.Mutex
+	staticLocks  []*locksutil.LockEntry // by role: held by whoever changes a static role or deletes its keys
+	staticSought sync.Map               // when names in Creating of static roles were last looked for
+	retries      sync.Map               // of type backoff: scheduled rotations that failed, by the key's storage entry
 
 	roleMu sync.Mutex // held while a role is compared with what is stored, and written
 	// identityMu is held by whoever changes the identity or what OpenAI has of it: the provider and its rules.
@@ -372,7 +418,14 @@ type backend struct {
 	knownMu  sync.Mutex           // held while deleteKnown runs, and for good after Clean
 	passMu   sync.Mutex           // likewise, for a full pass of tidy; guards nextPass
 	nextPass time.Time            // when the next one begins
+	staticMu sync.Mutex           // likewise, for a pass over static roles
 }
+
+// What OpenAI knows this mount and a role of access tokens by: the names of the provider and of the rule, from which a
+// crash's remains are found again, and the sub of the role's JWTs.
+func (b *backend) providerName() string        { return "vault-" + b.mountID }
+func (b *backend) ruleName(role string) string { return b.providerName() + "-" + role }
+func (b *backend) subject(role string) string  { return "vault:" + b.mountID + ":" + role }
 
 // Factory makes the backend of a mount. Vault also calls it to register the plugin, without storage, system view or
 // UUID: it does nothing but set up.
@@ -386,6 +439,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b := &backend{mountID: mountID, transport: transport, throttle: newThrottle(), metrics: newMetrics()}
+	b.staticLocks = locksutil.CreateLocks()
 	b.lost, b.nextPass = map[string]lease{}, time.Now().Add(firstPass)
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
@@ -397,17 +451,21 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 		stop()
 		b.knownMu.Lock() // waits for what runs to end, and keeps more from beginning
 		b.passMu.Lock()
+		b.staticMu.Lock()
 	})
 	b.Backend = &framework.Backend{
 		BackendType:    logical.TypeLogical,
 		RunningVersion: version,
 		Help:           strings.TrimSpace(backendHelp),
 		Paths: framework.PathAppend(pathConfig(b), pathIdentity(b), pathRoles(b), pathCreds(b), pathTidy(b),
-			pathMetrics(b)),
-		Secrets: []*framework.Secret{secretAPIKey(b), secretAccessToken(b)},
+			pathMetrics(b), pathStatic(b)),
+		Secrets: []*framework.Secret{
+			{Type: secretType, Fields: secretFields(), Renew: b.credRenew, Revoke: b.credRevoke},
+			{Type: tokenSecretType, Fields: secretFields(), Revoke: b.tokenRevoke}, // not renewable
+		},
 		PathsSpecial: &logical.Paths{
 			LocalStorage:    []string{cleanupPrefix}, // it belongs to this cluster's leases
-			SealWrapStorage: []string{configPath, identityPath},
+			SealWrapStorage: []string{configPath, identityPath, staticPrefix},
 		},
 		Invalidate:       b.invalidate,
 		PeriodicFunc:     b.periodic,
@@ -452,21 +510,17 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return checked, exists, err
 }
 
-// invalidate drops what another node has changed. Nothing else of storage is kept in memory.
+// invalidate drops what is made from a storage entry that has changed, here or on another node: the next call or token
+// makes it anew. Nothing else of storage is kept in memory.
 func (b *backend) invalidate(_ context.Context, key string) {
 	switch key {
 	case configPath:
 		b.setClient(nil)
 	case identityPath:
-		b.dropSigner()
+		b.signerMu.Lock()
+		defer b.signerMu.Unlock()
+		b.signer = nil
 	}
-}
-
-// dropSigner makes the next token read the stored identity.
-func (b *backend) dropSigner() {
-	b.signerMu.Lock()
-	defer b.signerMu.Unlock()
-	b.signer = nil
 }
 
 // setClient makes c the client of later calls; nil: the next call makes one from the stored config.
@@ -483,6 +537,7 @@ func (b *backend) periodic(ctx context.Context, req *logical.Request) error {
 	if b.WriteSafeReplicationState() {
 		b.rotatePeriodically(ctx, req)
 		b.withdrawFormer(ctx, req.Storage)
+		b.staticPeriodically(req)
 	}
 	// What is left of credentials belongs to this cluster's leases, and to its active node.
 	if !b.System().ReplicationState().HasState(consts.ReplicationDRSecondary | consts.ReplicationPerformanceStandby) {
@@ -558,6 +613,9 @@ var families = []family{
 	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", ""},
 	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", ""},
 	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", ""},
+	{"static_rotations_total", "counter", "Rotations of static roles' keys.", "role, result"},
+	{"static_key_last_rotation_timestamp_seconds", "gauge", "When a static role's key was made.", "role"},
+	{"static_rotations_overdue", "gauge", "Static roles whose rotation is overdue by two minutes or more.", ""},
 	{"build_info", "gauge", "Always 1, with the versions of the plugin and of Go.", "version, goversion"},
 }
 
@@ -645,21 +703,33 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error)
 	all.add("cleanups_pending", float64(len(cleanups)))
 	all.add("lost_creates", float64(len(b.lostSince(lostTime))))
 	cfg, err := getConfig(ctx, s)
-	if err != nil {
+	id, idErr := getIdentity(ctx, s)
+	static, staticErr := getAll(ctx, s, staticPrefix, getStatic)
+	if err = cmp.Or(err, idErr, staticErr); err != nil {
 		return nil, err
+	}
+	now := time.Now()
+	all.add("static_rotations_overdue", 0)
+	for name, r := range static {
+		all.add("lost_creates", float64(len(r.Creating)))
+		if !r.exists() {
+			continue
+		}
+		all.add("static_key_last_rotation_timestamp_seconds", float64(r.LastRotatedTime.Unix()), "role", name)
+		if now.Sub(r.nextRotation(now)) >= staticOverdue {
+			all.add("static_rotations_overdue", 1)
+		}
 	}
 	times := map[string]time.Time{}
 	if cfg != nil {
 		all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
 		times["admin_key_last_rotation"], times["admin_key_expiry"] = cfg.LastRotatedTime, cfg.AdminKeyExpires
-		times["admin_key_next_rotation"] = cfg.nextRotation(time.Now())
+		times["admin_key_next_rotation"] = cfg.nextRotation(now)
 	} else {
 		delete(all, "tidy_last_pass_timestamp_seconds") // there are no passes without it
 	}
-	if signer, err := b.getSigner(ctx, s); err == nil {
-		times["signing_key_created"] = signer.Key.Created
-	} else if !errors.Is(err, errNoIdentity) {
-		return nil, err
+	if id != nil {
+		times["signing_key_created"] = id.Key.Created
 	}
 	for name, t := range times {
 		if !t.IsZero() {

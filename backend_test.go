@@ -146,6 +146,21 @@ func (e *env) tokenRole(name string, extra fields) string {
 	return account
 }
 
+// staticRoleOn is what the write of a static role names.
+func staticRoleOn(account, period string) fields {
+	return fields{"project_id": ours, "service_account_id": account, "rotation_period": period}
+}
+
+// static writes a static role "gw" on an account of its own, and returns the account.
+func (e *env) static(period string, more fields) (account string) {
+	e.t.Helper()
+	account = e.sim.AddServiceAccount(ours, "gateway", "member")
+	data := staticRoleOn(account, period)
+	maps.Copy(data, more)
+	e.OK("static-roles/gw", data)
+	return account
+}
+
 // testKey is a signing key: making one takes long.
 var testKey = sync.OnceValues(newSigningKey)
 
@@ -192,7 +207,7 @@ func (e *env) have(accounts, keys int, when string) {
 
 // quiet lets time pass until nothing works in the background any more.
 func (e *env) quiet() {
-	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu} {
+	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu, &e.b().staticMu} {
 		for !mu.TryLock() {
 			time.Sleep(100 * time.Millisecond)
 		}
@@ -206,7 +221,7 @@ func (e *env) callsFail(method string, f fault) {
 	e.sim.Inject(f)
 }
 
-// metric reads a metric that has no labels.
+// metric reads a metric: a number or, by labels, a map; nil where there is none.
 func (e *env) metric(name string) any { return e.Get("metrics").Data[metricPrefix+name] }
 
 // leftovers tells how many revocations and how many replaced admin keys are pending.
@@ -294,7 +309,9 @@ func TestPathTable(t *testing.T) {
 	same(t, "operations", strings.Join(got, ", "), "config create, config delete, config read, config update, "+
 		"config/identity delete, config/identity read, config/identity update, config/identity/rotate update, "+
 		"config/rotate update, creds/NAME read, creds/NAME update, metrics read, roles/?$ list, roles/NAME create, "+
-		"roles/NAME delete, roles/NAME read, roles/NAME update, tidy read, tidy update")
+		"roles/NAME delete, roles/NAME read, roles/NAME update, rotate-role/NAME update, static-creds/NAME read, "+
+		"static-roles/?$ list, static-roles/NAME create, static-roles/NAME delete, static-roles/NAME read, "+
+		"static-roles/NAME update, tidy read, tidy update")
 	for _, path := range b.Paths {
 		for op, handler := range path.Operations {
 			own := strings.HasPrefix(path.Pattern, "creds/") || path.Pattern == "tidy"
@@ -391,7 +408,8 @@ func TestFields(t *testing.T) {
 		for _, p := range e.b().Paths {
 			for field := range p.Fields {
 				head, _, _ := strings.Cut(strings.Trim(p.Pattern, "^$"), "/")
-				failIf(t, !seen[head+field], "field %s of %s is not tried", field, p.Pattern)
+				static := strings.HasPrefix(head, "static-") || head == "rotate-role" // a write stores ids of chance
+				failIf(t, !seen[head+field] && !static, "field %s of %s is not tried", field, p.Pattern)
 			}
 		}
 	})
@@ -704,7 +722,8 @@ func TestConfigJob(t *testing.T) {
 func TestConfigForgets(t *testing.T) {
 	e := newConfiguredEnv(t)
 	elsewhere := fields{"organization_id": "org-other", "verify_connection": false}
-	e.Warned("nothing to forget", e.OK("config", elsewhere), 1, "organization_id has changed")
+	e.Warned("nothing to forget", e.OK("config", elsewhere), 1, "organization_id has changed",
+		"static roles")
 	same(t, "warnings in the log with nothing to forget", e.Log.Count("warn", ""), 0)
 	e.configure(nil)
 	cfg := e.config()
@@ -713,7 +732,7 @@ func TestConfigForgets(t *testing.T) {
 	stored, _ := json.Marshal(cfg)
 	names := []string{"key_one, key_two", "vault-admin-a, vault-admin-b"}
 	e.Storage.Set("config", string(stored))
-	e.Warned("delete", e.Must("delete config", nil), 3, names...)
+	e.Warned("delete", e.Must("delete config", nil), 3, append(names, "static roles")...)
 	e.Storage.Set("config", string(stored))
 	e.Warned("another field", e.OK("config", fields{"admin_key_ttl": 0}), 0)
 	e.Warned("another organization", e.OK("config", elsewhere), 3, names...)
@@ -3113,7 +3132,7 @@ func TestIdentityTrouble(t *testing.T) {
 	}
 	inBubbles(t, map[string]row{
 		"provider deleted":  {(*env).providerAway, 401, "invalid_client", write},
-		"provider disabled": {by("POST", "/PROVIDER", disabled), 403, "unauthorized_client", write},
+		"provider disabled": {by("POST", "/PROVIDER", disabled), 403, "unauthorized_client", ""},
 		"key unknown":       {by("POST", "/PROVIDER", uploads(string(jwks))), 401, "invalid_subject_token", write},
 		"wrong audience":    {by("POST", "/PROVIDER", fields{"audience": "x"}), 401, "invalid_subject_token", write},
 		"rule deleted":      {by("DELETE", "/RULE", nil), 403, "access_denied", rewrite},
@@ -3143,16 +3162,19 @@ func TestIdentityTrouble(t *testing.T) {
 // config/identity makes one that is gone again, with the rules, or turns one on again.
 func TestIdentityProviderChanged(t *testing.T) {
 	change := func(in fields) func(*env) { return func(e *env) { e.sim.Operate("POST", "/PROVIDER", in) } }
+	const off = "1 providers, 0 enabled, 1 rules, creds false"
 	for name, tt := range map[string]struct {
 		change func(e *env)
 		stays  string // what there is after a rotation or a tick
+		mended string // and after a write
 	}{
-		"renamed": {change(fields{"name": "Vault"}), works}, "gone": {(*env).providerAway, nothing},
-		"off": {change(fields{"enabled": false}), "1 providers, 0 enabled, 1 rules, creds false"},
+		"renamed": {change(fields{"name": "Vault"}), works, works}, "gone": {(*env).providerAway, nothing, works},
+		"off": {change(fields{"enabled": false}), off, off},
 	} {
 		inBubbles(t, map[string][]string{
 			name + ", rotate": {"update config/identity/rotate", tt.stays}, name + ", tick": {"rollback", tt.stays},
-			name + ", write": {"update config/identity", works}, name + ", delete": {"delete config/identity", nothing},
+			name + ", write":  {"update config/identity", tt.mended},
+			name + ", delete": {"delete config/identity", nothing},
 		}, func(t *testing.T, e *env, request []string) {
 			e.keyless()
 			e.OK("config/identity/rotate", nil) // so that a tick has to take the former key off
@@ -3181,6 +3203,7 @@ func TestIdentityDelete(t *testing.T) {
 			_, err := e.Issue("creds/"+role, nil)
 			e.Fails(role, err, "unauthorized_client")
 		}
+		e.sim.Operate("POST", "/PROVIDER", fields{"enabled": true})
 		e.Warned("write", e.OK("config/identity", nil), 0)
 		for _, role := range roles {
 			e.lease(role)
@@ -3494,6 +3517,596 @@ func TestTokenRoleReplaced(t *testing.T) {
 			same(t, "scopes", e.lease("app").Data["scopes"], "[api.b.read]")
 		})
 	}
+}
+
+// stored is the entry of the static role "gw".
+func (e *env) stored() *staticRole {
+	e.t.Helper()
+	r, err := getStatic(context.Background(), e.Storage, "gw")
+	e.NoError(err)
+	return r
+}
+
+// rotateMeets makes a rotation of "gw" whose creation of a key fails as f says.
+func (e *env) rotateMeets(f fault) {
+	e.t.Helper()
+	f.Method = "POST"
+	e.sim.Inject(f)
+	_, err := e.Write("rotate-role/gw", nil)
+	e.Fails("a rotation", err, "creating API key")
+}
+
+// reads reads the key of "gw", which must work, and returns it.
+func (e *env) reads(when string) string {
+	e.t.Helper()
+	key, _ := e.Get("static-creds/gw").Data["api_key"].(string)
+	failIf(e.t, !e.sim.Use(key), "%s: the key just read does not work", when)
+	return key
+}
+
+// exactly checks that the account has the keys that the entry names, and no others, and that what it hands out works.
+// It tells whether there is a role.
+func (e *env) exactly(account, when string) (exists bool) {
+	e.t.Helper()
+	var got, want []string
+	for _, k := range e.sim.ProjectKeys(ours) {
+		if k.ServiceAccountID == account {
+			got = append(got, k.ID)
+		}
+	}
+	r := e.stored()
+	for _, k := range append(r.Former, r.Key) {
+		want = append(want, k.APIKeyID)
+	}
+	want = slices.DeleteFunc(want, func(id string) bool { return id == "" })
+	same(e.t, when+": keys of the account", slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want)))
+	same(e.t, when+": clean-up entries", e.Storage.Keys(cleanupPrefix), "[]")
+	if r.exists() {
+		e.reads(when)
+	}
+	return r.exists()
+}
+
+// TestStatic is a static role's life: made, read 10,000 times without a call, rotated when due, the former key until
+// overlap has passed, deleted.
+func TestStatic(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("24h", fields{"scopes": "api.model.request"})
+		first := e.reads("at first")
+		data := e.Get("static-creds/gw").Data
+		want := fields{"ttl": 86400, "rotation_period": 86400, "overlap": 3600, "service_account_id": account,
+			"project_id": "proj_sim", "organization_id": "org-sim", "scopes": "[api.model.request]",
+			"last_rotated": formatTime(time.Now()), "last_vault_rotation": formatTime(time.Now()),
+			"next_rotation": formatTime(time.Now().Add(24 * time.Hour)),
+			"expires_at":    formatTime(time.Now().Add(48*time.Hour + time.Hour + 24*time.Hour))}
+		for name := range want {
+			same(e.t, name, data[name], want[name])
+		}
+		e.sim.ResetCalls()
+		e.Storage.ResetCounts()
+		for range 10_000 {
+			e.Get("static-creds/gw")
+		}
+		same(e.t, "calls and storage", fmt.Sprint(e.sim.Calls(), e.Storage.Counts()), "[] map[get:10000]")
+		e.Run(24*time.Hour - time.Second)
+		same(e.t, "key before its rotation", e.reads("before"), first)
+		e.Run(2 * time.Second)
+		kept := strings.Contains(e.Storage.All()["static-roles/gw"], first)
+		same(e.t, "rotated, and the former key kept", fmt.Sprint(e.reads("after") != first, kept), "true false")
+		same(e.t, "former keys", len(e.Get("static-roles/gw").Data["former_api_key_ids"].([]string)), 1)
+		e.Run(59 * time.Minute)
+		same(e.t, "the former key works until overlap has passed", e.sim.Use(first), true)
+		e.Run(2 * time.Minute)
+		same(e.t, "and not any longer", e.sim.Use(first), false)
+		for _, k := range e.sim.ProjectKeys(ours) {
+			tag, end, _ := parseName(k.Name)
+			same(e.t, "tag and end", fmt.Sprint(tag, end.After(k.Expires)), e.b().mountID+"true")
+			same(e.t, "scopes", k.Scopes, "[api.model.request]")
+		}
+		e.OK("rotate-role/gw", nil)
+		e.exactly(account, "rotated by hand")
+		e.Must("delete static-roles/gw", nil)
+		e.exactly(account, "deleted")
+		e.have(1, 0, "deleted")
+		e.Refused("rotate-role/gw", nil, `static role "gw" does not exist`)
+		same(t, "reading what is not there", e.Get("static-roles/gw") == nil, true)
+	})
+}
+
+// staticFaults are requests that meet faults in TestStaticFaults. set prepares one, and returns what it names.
+var staticFaults = map[string]struct {
+	op     logical.Operation
+	path   string
+	enough int // at least so many steps
+	set    func(e *env, account string) fields
+}{
+	"make": {logical.UpdateOperation, "static-roles/gw", 7, func(e *env, account string) fields {
+		e.Must("delete static-roles/gw", nil)
+		return staticRoleOn(account, "1h")
+	}},
+	"rotate": {logical.UpdateOperation, "rotate-role/gw", 6, func(*env, string) fields { return nil }},
+	"change": {logical.UpdateOperation, "static-roles/gw", 8, func(*env, string) fields {
+		return fields{"scopes": "api.all.read"}
+	}},
+	"no overlap": {logical.UpdateOperation, "static-roles/gw", 12, func(e *env, _ string) fields {
+		e.OK("rotate-role/gw", nil)
+		return fields{"overlap": 0}
+	}},
+	"delete": {logical.DeleteOperation, "static-roles/gw", 8, func(*env, string) fields { return nil }},
+	"scheduled": {logical.RollbackOperation, "", 14, func(e *env, _ string) fields {
+		e.OK("rotate-role/gw", nil) // a key that is due, beside one to find
+		e.rotateMeets(fault{Kind: "close", Process: true})
+		time.Sleep(time.Hour)
+		return nil
+	}},
+}
+
+// TestStaticFaults: whatever befalls whatever step of making, rotating, changing and deleting, the key that is handed
+// out works at any moment, and two ticks later the account has exactly the keys that the entry names.
+func TestStaticFaults(t *testing.T) {
+	for name, test := range staticFaults {
+		t.Run(name, func(t *testing.T) {
+			vaultsim.EveryStep(t, test.enough, func(t *testing.T, fault vaultsim.StepFault, at int) (reached bool) {
+				e := newConfiguredEnv(t)
+				account := e.static("1h", nil)
+				data := test.set(e, account)
+				before := e.stored().Key.APIKeyID
+				stranger := e.sim.AddKey(ours, account, "vault-gw-"+newSuffix("zzzzzz", time.Now()))
+				another := e.sim.AddKey(ours, account, "gateway")
+				works := func() {
+					r := e.stored()
+					failIf(t, r.exists() && !e.sim.Use(r.Key.Value), "a key is handed out that does not work")
+				}
+				reached = e.AtStep(fault, at, works, func(ctx context.Context) {
+					resp, err := e.DoContext(ctx, test.op, test.path, data)
+					e.quiet()
+					done := test.op == logical.UpdateOperation && vaultsim.Failure(resp, err) == nil
+					failIf(t, done && e.stored().Key.APIKeyID == before, "no error, and the key is as before: %v", resp)
+				})
+				works()
+				time.Sleep(time.Minute)
+				e.Run(2 * time.Minute)
+				e.quiet()
+				for _, id := range []string{stranger, another} {
+					same(e.t, "another's key is there", e.sim.Names(ours)[id] != "", true)
+					l := lease{ProjectID: ours, APIKeyID: id, KeyOnly: true}
+					e.NoError(e.b().revokeAtOpenAI(t.Context(), e.Storage, &l))
+				}
+				exists := e.exactly(account, "two ticks later")
+				names := e.Must("list static-roles/", nil).Data["keys"]
+				resp, err := e.Do(logical.ReadOperation, "static-creds/gw", nil)
+				same(e.t, "listed", names != nil, exists)
+				same(e.t, "read", vaultsim.Failure(resp, err) == nil, exists)
+				e.OK("static-roles/gw", staticRoleOn(account, "3h"))
+				time.Sleep(lostTime)
+				e.Run(61 * time.Minute)
+				e.quiet()
+				e.exactly(account, "a day later")
+				same(e.t, "names that are looked for", len(e.stored().Creating), 0)
+				return reached
+			})
+		})
+	}
+}
+
+// TestStaticLate: OpenAI carries a lost creation out when it likes: within 75 minutes the key is gone, and never an
+// account that has its name; also where a pass takes more than a minute, so that every other tick finds it under way.
+func TestStaticLate(t *testing.T) {
+	type row struct {
+		late int // minutes
+		long bool
+	}
+	inBubbles(t, map[string]row{"1m": {1, false}, "11m": {11, false}, "20h": {1200, false}, "long": {30, true}},
+		func(t *testing.T, e *env, tt row) {
+			account := e.static("30d", nil)
+			time.Sleep(30 * time.Second)
+			e.rotateMeets(fault{Late: time.Duration(tt.late) * time.Minute})
+			other := e.sim.AddServiceAccount(ours, e.stored().Creating[0].Name, "member")
+			for minute := range tt.late + 75 {
+				if minute == tt.late {
+					e.Restart()
+				}
+				if tt.long && minute%2 == 0 {
+					e.b().staticMu.Lock()
+					e.Run(time.Minute)
+					e.b().staticMu.Unlock()
+				} else {
+					e.Run(time.Minute)
+					e.quiet()
+				}
+			}
+			e.exactly(account, "later")
+			same(e.t, "names", len(e.stored().Creating), 0)
+			same(e.t, "another's account is there", e.sim.Names(ours)[other] != "", true)
+		})
+}
+
+// TestStaticLost: a name that is looked for is counted in lost_creates, also when its role is deleted, until its key is
+// found or, where OpenAI's answers have no Date, two days have passed.
+func TestStaticLost(t *testing.T) {
+	inBubbles(t, map[string]bool{"made": true, "not made": false}, func(t *testing.T, e *env, made bool) {
+		account := e.static("30d", nil)
+		e.sim.SetDate("none")
+		e.rotateMeets(fault{Kind: "close", Process: made})
+		e.sim.Inject(fault{Method: "GET", Path: "/api_keys", Status: 503, Times: -1})
+		e.Must("delete static-roles/gw", nil)
+		e.Run(47 * time.Hour)
+		same(e.t, "static roles", e.Must("list static-roles/", nil).Data["keys"], nil)
+		same(e.t, "lost creates", e.metric("lost_creates"), 1)
+		e.sim.ClearFaults()
+		e.Run(59 * time.Minute)
+		same(e.t, "lost creates, where OpenAI lists its keys", e.metric("lost_creates") == 1.0, !made)
+		e.Run(65 * time.Minute)
+		same(e.t, "lost creates in the end", e.metric("lost_creates"), 0)
+		same(e.t, "there is a role", e.exactly(account, "in the end"), false)
+		same(e.t, "entries", e.Storage.Keys(staticPrefix), "[]")
+	})
+}
+
+// TestStaticChanges: at no time does a reader get a key that has expired, whatever is written, and when nobody looks
+// for a day. A write that changes nothing makes no key; one that changes something does at once.
+func TestStaticChanges(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("12h", nil)
+		run := func(hours int, when string) {
+			t.Helper()
+			for range hours * 6 {
+				e.Run(10 * time.Minute)
+				e.reads(when)
+			}
+			e.quiet()
+			e.exactly(account, when)
+		}
+		for _, data := range []fields{
+			{"rotation_period": "3d"}, {"rotation_period": "30m", "overlap": "10m"}, {"overlap": "29m"},
+			{"rotation_period": 0, "rotation_schedule": "0 3 * * *"}, {"overlap": "20h"},
+			{"rotation_schedule": "0 1,2,23 * * 1-5", "overlap": 0}, {"scopes": "api.all.read"},
+			{"rotation_period": "100d", "rotation_schedule": ""}, {"rotation_period": "1m", "overlap": "50s"},
+		} {
+			before := e.reads("before")
+			e.OK("static-roles/gw", data)
+			same(e.t, fmt.Sprint("a new key at once for ", data), e.reads("at once") != before, true)
+			e.sim.ResetCalls()
+			e.OK("static-roles/gw", data)
+			same(e.t, "calls of a write that changes nothing", len(e.sim.Calls()), 0)
+			run(50, fmt.Sprint(data))
+			time.Sleep(24 * time.Hour) // nobody looks
+			e.reads(fmt.Sprint("after a day without ticks: ", data))
+			run(2, "made up for")
+			same(e.t, "overdue", e.metric("static_rotations_overdue"), 0)
+		}
+	})
+}
+
+// TestStaticOutage: OpenAI is away for an hour when a rotation is due. Readers have a key that works; then there is one
+// rotation. Where it never comes back, the key is not handed out once it has expired, until it has been replaced.
+func TestStaticOutage(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("2h", nil)
+		first := e.reads("at first")
+		e.Run(119 * time.Minute)
+		e.sim.Fail("", "", 503)
+		for range 60 {
+			e.Run(time.Minute)
+			same(e.t, "key", e.reads("while OpenAI is away"), first)
+		}
+		e.sim.ClearFaults()
+		e.sim.ResetCalls()
+		e.Run(10 * time.Minute)
+		e.quiet()
+		same(e.t, "keys made", e.sim.CountCalls("POST", "api_keys"), 1)
+		e.exactly(account, "afterwards")
+		e.sim.Fail("POST", "", 403)
+		e.Run(28*time.Hour + 50*time.Minute)
+		e.reads("a moment before it expires")
+		e.Run(10 * time.Minute)
+		_, err := e.Do(logical.ReadOperation, "static-creds/gw", nil)
+		e.Fails("an expired key", err, "expired")
+		e.sim.ClearFaults()
+		e.Run(time.Hour)
+		e.exactly(account, "in the end")
+	})
+}
+
+// TestStaticLimit: a third replaced key is refused, until overlap has passed, and so is a key beside 50 lost ones. A
+// write of overlap=0 is not, and ends them all. What is refused is not counted.
+func TestStaticLimit(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("24h", nil)
+		e.OK("rotate-role/gw", nil)
+		time.Sleep(30 * time.Minute)
+		e.OK("rotate-role/gw", nil)
+		e.Unchanged("refused", func() { e.Refused("rotate-role/gw", nil, "overlap") })
+		same(e.t, "rotations", e.metric("static_rotations_total"), `map[role="gw",result="success":3]`)
+		e.Run(31 * time.Minute)
+		e.OK("rotate-role/gw", nil)
+		same(e.t, "former keys", len(e.stored().Former), 2)
+		e.OK("static-roles/gw", fields{"overlap": 0})
+		e.exactly(account, "ended")
+		same(e.t, "former keys", len(e.stored().Former), 0)
+		e.OK("static-roles/gw", fields{"overlap": "1h"})
+		e.NoError(changeStatic(t.Context(), e.Storage, "gw", func(r *staticRole) error {
+			lost := staticCreating{creatingKey{"x", "org-former", time.Now()}, ours}
+			r.Creating = slices.Repeat([]staticCreating{lost}, maxCreating)
+			return nil
+		}))
+		e.Refused("rotate-role/gw", nil, "50 lost")
+		before := e.reads("before")
+		e.OK("static-roles/gw", fields{"overlap": 0})
+		same(e.t, "a new key beside 50 lost ones", e.reads("then") != before, true)
+	})
+}
+
+// TestStaticStop: after a leak, overlap=0 and a delete end the keys at once, though a lost creation is to be looked for
+// and OpenAI lists no keys. Where it deletes none either, the answer comes in half a minute and names each.
+func TestStaticStop(t *testing.T) {
+	for _, request := range []string{"update static-roles/gw", "delete static-roles/gw"} {
+		inBubbles(t, map[string]fault{
+			"list hangs":     {Method: "GET", Kind: "hang"},
+			"list limited":   {Method: "GET", Status: 429},
+			"deletion hangs": {Method: "DELETE", Kind: "hang"},
+			"deletion fails": {Method: "DELETE", Status: 503},
+		}, func(t *testing.T, e *env, f fault) {
+			account := e.static("24h", fields{"overlap": "12h"})
+			first := e.reads("at first")
+			e.OK("rotate-role/gw", nil)
+			second := e.reads("then")
+			e.rotateMeets(fault{Kind: "close", Process: true})
+			var left []string
+			if f.Method == "DELETE" {
+				left = []string{e.stored().Former[0].APIKeyID, e.stored().Key.APIKeyID}
+			}
+			f.Path, f.Times = "/api_keys", -1
+			e.sim.Inject(f)
+			start := time.Now()
+			e.Warned(request, e.Must(request, fields{"overlap": 0}), len(left), left...)
+			failIf(t, time.Since(start) > 30*time.Second, "answered after %s, want 30 s", time.Since(start))
+			same(e.t, "works", fmt.Sprint(e.sim.Use(first), e.sim.Use(second)), fmt.Sprint(left != nil, left != nil))
+			e.sim.ClearFaults()
+			e.Run(3 * time.Minute)
+			e.quiet()
+			same(e.t, "works then", fmt.Sprint(e.sim.Use(first), e.sim.Use(second)), "false false")
+			same(e.t, "there is a role", e.exactly(account, "then"), request == "update static-roles/gw")
+		})
+	}
+}
+
+// TestStaticOverlap: a replaced key works until overlap has passed or until its own expiry, whichever is earlier.
+func TestStaticOverlap(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("2m", nil) // with keys that expire after a day and five minutes
+		first := e.reads("at first")
+		e.OK("static-roles/gw", fields{"rotation_period": "60d", "overlap": "30d"})
+		e.Run(24 * time.Hour)
+		same(e.t, "the first key works for a day", e.sim.Use(first), true)
+		e.Run(10 * time.Minute)
+		same(e.t, "and is not named when it has expired", len(e.stored().Former), 0)
+		e.exactly(account, "afterwards")
+	})
+}
+
+// TestStaticClock: keys are rotated, and readers have one that works, also where the clock was 80 days ahead at the
+// last rotations, or is set back by two days.
+func TestStaticClock(t *testing.T) {
+	const days = 24 * time.Hour
+	type row struct {
+		former             int
+		ahead, back, until time.Duration
+	}
+	inBubbles(t, map[string]row{
+		"ahead, one former":  {1, 80 * days, 0, 30 * time.Hour},
+		"ahead, two formers": {2, 80 * days, 0, 30 * time.Hour},
+		"set back":           {1, 2 * days, 2 * days, 5 * time.Minute},
+	}, func(t *testing.T, e *env, tt row) {
+		account := e.static("1h", nil)
+		for range tt.former {
+			e.OK("rotate-role/gw", nil)
+		}
+		e.NoError(changeStatic(t.Context(), e.Storage, "gw", func(r *staticRole) error {
+			r.LastRotatedTime, r.Key.Expires = r.LastRotatedTime.Add(tt.ahead), r.Key.Expires.Add(tt.back)
+			for i := range r.Former {
+				r.Former[i].Until = r.Former[i].Until.Add(tt.ahead)
+			}
+			return nil
+		}))
+		e.sim.Advance(tt.back)
+		e.Run(tt.until)
+		e.quiet()
+		e.exactly(account, "then")
+		same(e.t, "rotated in time", !e.stored().LastRotatedTime.After(time.Now()), true)
+		same(e.t, "overdue", e.metric("static_rotations_overdue"), 0)
+		e.OK("static-roles/gw", fields{"overlap": 0})
+		e.exactly(account, "ended")
+	})
+}
+
+// TestStaticByHand: a rotation by hand works also when schedule and overlap would be refused at this time of the year.
+// What names a field that a path does not have, like ttl, is not refused.
+func TestStaticByHand(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		time.Sleep(150 * 24 * time.Hour)
+		data := staticRoleOn(e.sim.AddServiceAccount(ours, "gateway", "member"), "0")
+		data["rotation_schedule"], data["overlap"], data["ttl"] = "0 0 1 1,2 *", "30d", 0
+		e.OK("static-roles/gw", data)
+		time.Sleep(3 * 365 * 24 * time.Hour)
+		e.Refused("static-roles/gw", fields{"scopes": "api.all.read"}, "365 days")
+		e.OK("rotate-role/gw", fields{"ttl": "0s"})
+		e.reads("rotated by hand")
+	})
+}
+
+// TestStaticNodes: while a node makes a key, another one looks for lost keys, rotates, deletes or writes as well. What
+// it was told holds.
+func TestStaticNodes(t *testing.T) {
+	inBubbles(t, map[string]logical.Request{
+		"looks":   {Operation: logical.RollbackOperation},
+		"rotates": {Operation: logical.UpdateOperation, Path: "rotate-role/gw"},
+		"deletes": {Operation: logical.DeleteOperation, Path: "static-roles/gw"},
+		"writes":  {Operation: logical.UpdateOperation, Path: "static-roles/gw"},
+	}, func(t *testing.T, e *env, req logical.Request) {
+		account, other := e.static("24h", nil), newBackend(e.sim.Transport(), e.b().mountID)
+		e.NoError(other.Setup(t.Context(), &logical.BackendConfig{System: e.System}))
+		defer other.Cleanup(t.Context())
+		req.Storage = e.Storage
+		for second := range 22 {
+			e.sim.SetLatency(20 * time.Second) // of which OpenAI has the key after half
+			var group sync.WaitGroup
+			group.Go(func() { _, _ = e.Write("rotate-role/gw", nil) })
+			time.Sleep(time.Duration(second)*time.Second + time.Millisecond)
+			e.sim.SetLatency(0)
+			overlap := time.Duration(1000+second) * time.Second
+			req.Data = fields{"overlap": overlap.String()} // which only a write takes
+			resp, err := other.HandleRequest(t.Context(), &req)
+			group.Wait()
+			e.Run(3 * time.Minute)
+			e.quiet()
+			e.exactly(account, fmt.Sprint("after second ", second))
+			same(e.t, "deleted", !e.stored().exists(), req.Operation == logical.DeleteOperation)
+			if req.Path == "static-roles/gw" && req.Operation == logical.UpdateOperation {
+				e.NoError(vaultsim.Failure(resp, err))
+				same(e.t, "overlap", e.stored().Overlap, overlap)
+			}
+			e.Run(2 * time.Hour)
+			e.OK("static-roles/gw", staticRoleOn(account, "24h"))
+		}
+	})
+}
+
+// TestStaticHang: a role whose project hangs does not keep the others from being rotated in time.
+func TestStaticHang(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.static("1h", nil)
+		e.sim.AddProject("proj_hang", "hangs")
+		for i := range 5 {
+			data := staticRoleOn(e.sim.AddServiceAccount("proj_hang", "x", "member"), "1h")
+			data["project_id"] = "proj_hang"
+			e.OK(fmt.Sprint("static-roles/hang", i), data)
+		}
+		e.sim.Inject(fault{Path: "proj_hang", Kind: "hang", Times: -1})
+		first := e.reads("at first")
+		e.Run(64 * time.Minute)
+		same(e.t, "rotated", e.reads("then") != first, true)
+		e.Restart() // ends what hangs
+	})
+}
+
+// TestStaticStorage: a storage that fails is an error, and nothing is left at OpenAI that the entry does not name.
+func TestStaticStorage(t *testing.T) {
+	for _, verb := range []string{"get", "put", "list", "delete"} {
+		inBubble(t, func(t *testing.T, e *env) {
+			account := e.static("1h", nil)
+			e.Storage.Fail(verb, staticPrefix)
+			for text, verbs := range map[string]string{"read static-creds/gw": "get", "read static-roles/gw": "get",
+				"list static-roles/": "get list", "read metrics": "get list", "update rotate-role/gw": "get put"} {
+				resp, err := e.Request(text, nil)
+				same(e.t, text+" fails", vaultsim.Failure(resp, err) != nil, strings.Contains(verbs, verb))
+			}
+			e.Run(2 * time.Hour)
+			e.Storage.SetFault(nil)
+			e.Run(65 * time.Minute)
+			e.quiet()
+			e.exactly(account, "afterwards")
+		})
+	}
+}
+
+// TestStaticSecrets: the key is in the answers of static-creds only, and in storage only where it is seal-wrapped.
+// Answers fit their schemas, and README names the changes that are reported.
+func TestStaticSecrets(t *testing.T) {
+	e := newConfiguredEnv(t)
+	account := e.static("1h", fields{"scopes": "api.all.read"})
+	for _, tt := range (requests{
+		{"update static-roles/gw", fields{"overlap": "5m"}}, {"update rotate-role/gw", nil},
+		{"read static-roles/gw", nil}, {"list static-roles/", nil}, {"read static-creds/gw", nil},
+		{"update static-roles/gw", fields{"rotation_period": 0, "rotation_schedule": "0 3 * * *", "overlap": 0}},
+		{"read metrics", nil}, {"read static-creds/gw", nil},
+	}) {
+		resp, err := e.Request(tt.request, tt.data)
+		same(t, tt.request, vaultsim.Failure(resp, err), nil)
+		op, path, _ := strings.Cut(tt.request, " ")
+		schema.ValidateResponse(t, schema.GetResponseSchema(t, e.b().Route(path), logical.Operation(op)), resp, true)
+		shown := resp != nil && strings.Contains(fmt.Sprint(resp.Data), "sk-")
+		same(t, tt.request+" has a key", shown, path == "static-creds/gw")
+	}
+	for key, text := range e.Storage.All() {
+		wrapped := slices.ContainsFunc(e.b().PathsSpecial.SealWrapStorage, func(s string) bool {
+			return key == s || strings.HasSuffix(s, "/") && strings.HasPrefix(key, s)
+		})
+		same(t, key+" holds a key and is not seal-wrapped", strings.Contains(text, "sk-") && !wrapped, false)
+	}
+	e.Must("delete static-roles/gw", nil)
+	e.exactly(account, "deleted")
+	readme, err := os.ReadFile("README.md")
+	for _, change := range []string{"static-rotate", "static-role-delete"} {
+		same(t, change+" in the log", strings.Contains(e.Log.String(), change), true)
+		same(t, change+" in README", strings.Contains(string(readme), "`openai/"+change+"`"), err == nil)
+	}
+}
+
+// TestStaticTidy: tidy deletes neither a key that an entry names, however old, nor the account, also if the role is
+// written while it looks.
+func TestStaticTidy(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		ids := e.ended(ours, 1, time.Hour) // an account with the mount's tag that is past its end
+		e.OK("static-roles/gw", staticRoleOn(ids[0], "1h"))
+		time.Sleep(10 * 24 * time.Hour) // without a tick, so that the key is past its end too
+		e.tidy(nil, fields{"deleted": 0, "failed": 0})
+		same(e.t, "keys after tidy", len(e.sim.ProjectKeys(ours)), 1)
+		e.Storage.Fail("get", staticPrefix)
+		e.tidy(nil, fields{"deleted": 0, "failed": 2}) // the key and the account
+		e.Storage.SetFault(nil)
+	})
+	inBubble(t, func(t *testing.T, e *env) {
+		ids := e.ended(ours, 30, time.Hour)
+		e.sim.SetLatency(2 * time.Second)
+		var group sync.WaitGroup
+		group.Go(func() { _, _ = e.Write("tidy", nil) })
+		time.Sleep(10 * time.Second)
+		left := slices.DeleteFunc(ids, func(id string) bool { return e.sim.Names(ours)[id] == "" })
+		same(e.t, "tidy is at work", len(left) > 0 && len(left) < 30, true)
+		e.OK("static-roles/gw", staticRoleOn(left[len(left)-1], "1h"))
+		group.Wait()
+		e.quiet()
+		e.sim.SetLatency(0)
+		e.reads("after tidy")
+		e.have(1, 1, "after tidy")
+	})
+}
+
+// TestStaticBadInput: a wrong value is a 400 that names the field; what OpenAI refuses is, too; nothing is stored. What
+// is refused without OpenAI is not counted, nor are rotations of a role that has never been there.
+func TestStaticBadInput(t *testing.T) {
+	e := newConfiguredEnv(t)
+	account := e.sim.AddServiceAccount(ours, "gateway", "none")
+	valid := staticRoleOn(account, "1h")
+	bads := vaultsim.Bads
+	e.RefusesAll("static-roles/gw", valid, slices.Concat(bads("project_id", "required", nil),
+		bads("service_account_id", "required", nil), bads("rotation_period", "1m", nil, "59s"),
+		bads("rotation_period", "365 days", "364d"), bads("overlap", "less than", "1h"),
+		bads("rotation_schedule", "exclu", "0 3 * * *"), bads("service_account_id", "letters", "../x"),
+		bads("project_id", "letters", "a/b"),
+		bads("scopes", "names", "Bad Scope", "a,b c", strings.Repeat("x", 200)),
+		bads("overlap", "take this", badDurations...), bads("rotation_period", "take this", badDurations...)))
+	e.Warned("an account without a role", e.OK("static-roles/other", valid), 1, "no role")
+	leapDay, elsewhere := staticRoleOn(account, "0"), staticRoleOn(account, "1h")
+	leapDay["rotation_schedule"], elsewhere["project_id"] = "0 0 29 2 *", "proj_no"
+	e.Refused("static-roles/third", leapDay, "365 days")
+	e.Unchanged("refused by OpenAI", func() {
+		e.Refused("static-roles/third", elsewhere, "project_id")
+		e.Refused("static-roles/gw", fields{"service_account_id": "svc_acct_no"}, "service_account_id")
+		e.sim.Inject(fault{Method: "POST", Status: http.StatusBadRequest, Times: 2})
+		for path, data := range map[string]fields{"static-roles/third": valid, "rotate-role/gw": nil} {
+			resp, err := e.Write(path, data)
+			e.Refusal(resp, err, "creating API key")
+		}
+		e.sim.SetMaxKeyLife(86400)
+		resp, err := e.Write("static-roles/third", valid)
+		e.Refusal(resp, err, "ttl and max_ttl", "static role less time between rotations and a lower overlap")
+	})
+	e.Must("delete config", nil)
+	e.Refused("rotate-role/gw", nil, "config")
+	same(t, "rotations", e.metric("static_rotations_total"), `map[role="gw",result="failure":1 `+
+		`role="gw",result="success":1 role="other",result="success":1]`)
 }
 
 // past returns a name of the mount whose end has passed for so long.
@@ -4349,6 +4962,8 @@ func TestMetricsFamilies(t *testing.T) {
 		"hour":   func(*env, *vaultsim.Lease) { time.Sleep(time.Hour) },
 		"slow":   func(e *env, _ *vaultsim.Lease) { e.sim.SetLatency(2 * time.Second) },
 		"hourly": func(e *env, _ *vaultsim.Lease) { e.OK("config", hourly) },
+		"static": func(e *env, _ *vaultsim.Lease) { e.static("1h", nil) },
+		"again":  func(e *env, _ *vaultsim.Lease) { _, _ = e.Write("rotate-role/gw", nil) },
 		"lose":   func(e *env, _ *vaultsim.Lease) { e.sim.Inject(lost) },
 		"refuse": func(e *env, _ *vaultsim.Lease) { e.sim.Inject(fault{Method: "DELETE", Status: 403}) },
 		"sign":   func(e *env, _ *vaultsim.Lease) { e.OK("config/identity", nil) },
@@ -4406,6 +5021,10 @@ func TestMetricsFamilies(t *testing.T) {
 		{`admin_key_next_rotation_timestamp_seconds`, "", none, "hourly", start + 3600},
 		{`admin_key_expiry_timestamp_seconds`, "hourly", none, "rotate", start + 7200},
 		{`admin_keys_pending_deletion`, "", undeletable, "rotate", 1},
+		{`static_rotations_total{role="gw",result="success"}`, "static", none, "again", 1},
+		{`static_rotations_total{role="gw",result="failure"}`, "static", refused, "again", 1},
+		{`static_key_last_rotation_timestamp_seconds{role="gw"}`, "static hour", none, "again", 3600},
+		{`static_rotations_overdue`, "static", none, "hour hour", 1},
 		{`build_info{version="",goversion="` + runtime.Version() + `"}`, "", none, "", 0},
 	}
 	moved := map[string]bool{}
@@ -4441,7 +5060,7 @@ func TestMetricsFamilies(t *testing.T) {
 // README and in the dashboard.
 func TestMetricsStart(t *testing.T) {
 	e := newEnv(t)
-	same(t, "series", len(e.series()), 2+4*2+3*2+3)
+	same(t, "series", len(e.series()), 2+4*2+3*2+4)
 	e.Mistake("read metrics", fields{"format": "xml"}, "format")
 	for _, file := range []string{"README.md", "examples/grafana/dashboard.json"} {
 		text, err := os.ReadFile(file)

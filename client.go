@@ -452,9 +452,8 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	sent := false // before there is a connection, through proxy and TLS, nothing is
 	var wrote atomic.Bool
 	trace := &httptrace.ClientTrace{
-		GetConn: func(string) { sent = false }, // again, when the one that it got was dead
-		GotConn: func(httptrace.GotConnInfo) { sent = true },
-
+		GetConn:      func(string) { sent = false }, // again, when the one that it got was dead
+		GotConn:      func(httptrace.GotConnInfo) { sent = true },
 		WroteRequest: func(info httptrace.WroteRequestInfo) { wrote.Store(info.Err == nil) },
 	}
 	resp, err := c.http.Do(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
@@ -583,10 +582,10 @@ func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*
 	return answer, err
 }
 
-// listAll calls visit with each entry of a list, from all its pages, and with the time: the earlier of this machine's
-// and of the Date of OpenAI's answer, or zero if the answer has none. query is made its own.
-func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values,
-	visit func(entry T, now time.Time)) error {
+// listAll returns the entries of a list that match, from all its pages, and when that was: the earlier of this
+// machine's time and of the Date of OpenAI's last answer, or zero if that has none. query is made its own.
+func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, match func(T) bool) (
+	found []T, now time.Time, err error) {
 	query.Set("limit", "100")
 	for {
 		var page struct {
@@ -594,26 +593,28 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 			HasMore bool   `json:"has_more"`
 			LastID  string `json:"last_id"`
 		}
-		var now time.Time
 		op := get(name, path+"?"+query.Encode())
 		op.out, op.date = &page, &now
 		if err := c.do(ctx, op); err != nil {
-			return err
-		}
-		if here := time.Now(); here.Before(now) {
-			now = here
+			return nil, time.Time{}, err
 		}
 		for _, entry := range page.Data {
-			visit(entry, now)
+			if match(entry) {
+				found = append(found, entry)
+			}
 		}
 		if !page.HasMore {
-			return nil
+			break
 		}
 		if page.LastID == "" || page.LastID == query.Get("after") {
-			return invalid(name)
+			return nil, time.Time{}, invalid(name)
 		}
 		query.Set("after", page.LastID)
 	}
+	if here := time.Now(); here.Before(now) {
+		now = here
+	}
+	return found, now, nil
 }
 
 // remove deletes what is at path and checks that OpenAI says so. What is gone already is no error, in whatever words
@@ -663,11 +664,11 @@ func (c *client) getProject(ctx context.Context, id string) (*project, error) {
 
 // activeProjects returns the ids of the organization's projects that are not archived.
 func (c *client) activeProjects(ctx context.Context) (ids []string, err error) {
-	err = listAll(ctx, c, "list_projects", "/organization/projects", url.Values{}, func(p project, _ time.Time) {
-		if p.Status != "archived" && validID(p.ID) {
-			ids = append(ids, p.ID)
-		}
-	})
+	found, _, err := listAll(ctx, c, "list_projects", "/organization/projects", url.Values{},
+		func(p project) bool { return p.Status != "archived" && validID(p.ID) })
+	for _, p := range found {
+		ids = append(ids, p.ID)
+	}
 	return ids, err
 }
 
@@ -752,27 +753,31 @@ func (c *client) createAPIKey(ctx context.Context, projectID, accountID, name st
 	return ask(ctx, c, post("create_api_key", path, in), (*apiKey).created)
 }
 
-// credentialsNamed returns a project's accounts, and its keys on accounts, whose names are wanted.
+// credentialsNamed returns a project's accounts, and its keys on accounts, whose names are wanted, and when that was:
+// see listAll. A project that is gone has none.
 func (c *client) credentialsNamed(ctx context.Context, projectID string, wanted func(name string) bool) (
-	found []lease, err error) {
-	err = listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"), url.Values{},
-		func(a serviceAccount, now time.Time) {
-			if wanted(a.Name) && validID(a.ID) {
-				found = append(found, lease{ProjectID: projectID, ServiceAccountID: a.ID, Name: a.Name, At: now})
-			}
-		})
-	if err != nil {
-		return nil, err
+	found []lease, now time.Time, err error) {
+	organization := c.config.OrganizationID
+	accounts, _, err := listAll(ctx, c, "list_service_accounts", projectPath(projectID, "service_accounts"),
+		url.Values{}, func(a serviceAccount) bool { return wanted(a.Name) && validID(a.ID) })
+	for _, a := range accounts {
+		found = append(found, lease{ProjectID: projectID, OrganizationID: organization, ServiceAccountID: a.ID,
+			Name: a.Name})
 	}
-	// Unless asked for any, keys of accounts without a role may be left out.
-	query := url.Values{"owner_project_access": {"any"}}
-	err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query, func(k apiKey, now time.Time) {
-		if account := k.Owner.ServiceAccount.ID; account != "" && wanted(k.Name) && validID(k.ID) {
-			found = append(found, lease{ProjectID: projectID, ServiceAccountID: account, APIKeyID: k.ID, KeyOnly: true,
-				Name: k.Name, At: now})
-		}
-	})
-	return found, err
+	var keys []apiKey
+	if err == nil {
+		query := url.Values{"owner_project_access": {"any"}} // else keys of accounts without a role may be left out
+		keys, now, err = listAll(ctx, c, "list_api_keys", projectPath(projectID, "api_keys"), query,
+			func(k apiKey) bool { return k.Owner.ServiceAccount.ID != "" && wanted(k.Name) && validID(k.ID) })
+	}
+	for _, k := range keys {
+		found = append(found, lease{ProjectID: projectID, OrganizationID: organization,
+			ServiceAccountID: k.Owner.ServiceAccount.ID, Name: k.Name, APIKeyID: k.ID, KeyOnly: true})
+	}
+	if c.projectGone(ctx, projectID, err) {
+		return nil, time.Now(), nil
+	}
+	return found, now, err
 }
 
 // deleteCredential deletes an account with its keys, or a key alone. What is gone already, alone or with its project,
@@ -826,16 +831,10 @@ func (c *client) getAdminKey(ctx context.Context, id string) (*adminKey, error) 
 		func(k *adminKey) bool { return k.ID == id })
 }
 
-// adminKeysWhere returns the organization's admin keys that match, and when that was by OpenAI's clock; zero: not
-// known.
-func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) (
-	keys []adminKey, now time.Time, err error) {
-	err = listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{}, func(k adminKey, at time.Time) {
-		if now = at; match(k) && validID(k.ID) {
-			keys = append(keys, k)
-		}
-	})
-	return keys, now, err
+// adminKeysWhere returns the organization's admin keys that match, and when that was: see listAll.
+func (c *client) adminKeysWhere(ctx context.Context, match func(adminKey) bool) ([]adminKey, time.Time, error) {
+	return listAll(ctx, c, "list_admin_api_keys", adminKeysPath, url.Values{},
+		func(k adminKey) bool { return validID(k.ID) && match(k) })
 }
 
 // createAdminKey makes an admin key.
@@ -870,13 +869,11 @@ type federated struct {
 	ServiceAccountID string `json:"service_account_id"` // of a rule
 }
 
-// listFederated returns the providers, or the rules of a provider.
-func (c *client) listFederated(ctx context.Context, kind, path string) (found []federated, err error) {
-	err = listAll(ctx, c, "list_"+kind+"s", path, url.Values{}, func(f federated, _ time.Time) {
-		if validID(f.ID) {
-			found = append(found, f)
-		}
-	})
+// listFederated returns the providers, or the rules of a provider, that match.
+func (c *client) listFederated(ctx context.Context, kind, path string, match func(federated) bool) (
+	[]federated, error) {
+	found, _, err := listAll(ctx, c, "list_"+kind+"s", path, url.Values{},
+		func(f federated) bool { return validID(f.ID) && match(f) })
 	return found, err
 }
 
@@ -884,15 +881,15 @@ func (c *client) listFederated(ctx context.Context, kind, path string) (found []
 // in's name, a rule only if it is for the same account, or makes one, with the fields of fixed too.
 func (c *client) saveFederated(ctx context.Context, kind, path, id string, in, fixed map[string]any) (string, error) {
 	if id == "" {
-		all, err := c.listFederated(ctx, kind, path)
+		account, _ := fixed["service_account_id"].(string)
+		found, err := c.listFederated(ctx, kind, path, func(f federated) bool {
+			return f.Name == in["name"] && f.ServiceAccountID == account
+		})
 		if err != nil {
 			return "", err
 		}
-		account, _ := fixed["service_account_id"].(string)
-		for _, f := range all {
-			if f.Name == in["name"] && f.ServiceAccountID == account {
-				id = f.ID
-			}
+		for _, f := range found {
+			id = f.ID
 		}
 	}
 	op := post("update_"+kind, path+apiPath(id), in)
@@ -906,39 +903,33 @@ func (c *client) saveFederated(ctx context.Context, kind, path, id string, in, f
 	return saved.ID, err
 }
 
-// deleteFederated deletes a provider, which must have no rules, or a rule. What is gone already is no error.
-func (c *client) deleteFederated(ctx context.Context, kind, path, id string) error {
-	return c.remove(ctx, kind, path+apiPath(id), func() error {
-		_, err := c.listFederated(ctx, kind, path)
-		return err
-	})
-}
-
-// deleteRules deletes the rules of a provider that have this name, or all.
-func (c *client) deleteRules(ctx context.Context, providerID, name string) error {
-	rules, err := c.listFederated(ctx, rule, rulesPath(providerID))
-	if isNotFound(err) {
+// deleteFederated deletes the providers, or the rules of a provider, that match. What is gone already is no error.
+func (c *client) deleteFederated(ctx context.Context, kind, path string, match func(federated) bool) error {
+	list := func() ([]federated, error) { return c.listFederated(ctx, kind, path, match) }
+	found, err := list()
+	if kind == rule && isNotFound(err) {
 		return nil // they have gone with their provider
 	}
-	for _, f := range rules {
-		if err == nil && (name == "" || f.Name == name) {
-			err = c.deleteFederated(ctx, rule, rulesPath(providerID), f.ID)
+	for _, f := range found {
+		if err == nil && kind == provider {
+			err = c.disableProvider(ctx, f.ID)
+		}
+		if err == nil {
+			err = c.remove(ctx, kind, path+apiPath(f.ID), func() error { _, err := list(); return err })
 		}
 	}
 	return err
 }
 
-// deleteProvider turns a provider off, so that no key of it works from then on, and deletes its rules and then itself.
-func (c *client) deleteProvider(ctx context.Context, id string) error {
+// disableProvider turns a provider off, so that no key of it works from then on, and deletes its rules: with rules it
+// can't be deleted.
+func (c *client) disableProvider(ctx context.Context, id string) error {
 	_, err := c.saveFederated(ctx, provider, providersPath, id, map[string]any{"enabled": false}, nil)
+	if err == nil {
+		err = c.deleteFederated(ctx, rule, rulesPath(id), func(federated) bool { return true })
+	}
 	if isNotFound(err) {
 		return nil
-	}
-	if err == nil {
-		err = c.deleteRules(ctx, id, "")
-	}
-	if err == nil {
-		err = c.deleteFederated(ctx, provider, providersPath, id)
 	}
 	return err
 }
@@ -975,7 +966,8 @@ func (b *backend) newSigner(id *identity, k *signingKey) (*signer, error) {
 	return &signer{identity: *id, keyID: k.KeyID, key: key, client: c}, nil
 }
 
-// getSigner returns the mount's signer, made from the stored identity where there is none yet.
+// getSigner returns the mount's signer, made from the stored identity, which must have a provider, where there is none
+// yet.
 func (b *backend) getSigner(ctx context.Context, s logical.Storage) (*signer, error) {
 	b.signerMu.Lock()
 	defer b.signerMu.Unlock()
@@ -985,7 +977,7 @@ func (b *backend) getSigner(ctx context.Context, s logical.Storage) (*signer, er
 	ctx, cancel := context.WithTimeout(ctx, undoTimeout) // others wait
 	defer cancel()
 	id, err := getIdentity(ctx, s)
-	if err == nil && id == nil {
+	if err == nil && (id == nil || id.ProviderID == "") {
 		err = errNoIdentity
 	}
 	if err == nil {

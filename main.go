@@ -3,11 +3,11 @@
 
 // Vault-plugin-secrets-openai is a HashiCorp Vault secrets engine for OpenAI. It makes service accounts with API keys
 // under Vault leases, deletes them when the lease ends, and rotates the admin key that it does this with. It also signs
-// JWTs and exchanges them for access tokens, without an admin key.
+// JWTs and exchanges them for access tokens, without an admin key, and rotates keys that many read.
 //
 // Reading order: main.go; backend.go, what is stored, the names of credentials, the mount, log and metrics;
 // client.go, the OpenAI Admin API and the exchange; paths.go, the paths, what a lease does, clean-up and tidy;
-// rotate.go, the engine's own keys: rotation of the admin key, and config/identity.
+// rotate.go, the engine's own keys: the admin key, the signing key, and those of static roles.
 //
 // Storage, below the mount's own prefix. Nothing is written on the path of a credential:
 //
@@ -15,6 +15,10 @@
 //	config/identity the key that signs for access tokens, and its settings (type identity), seal-wrapped
 //	roles/<name>    a role (type role)
 //	cleanup/<id>    a credential that could not be deleted at OpenAI yet (type lease)
+//
+// Only rotations write these:
+//
+//	static-roles/<name>  a static role with its key (type staticRole), seal-wrapped
 package main
 
 import (

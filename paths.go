@@ -225,7 +225,8 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 		}
 	}
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
-		resp.AddWarning("organization_id has changed: leases of the former one can't be revoked until it is back")
+		resp.AddWarning("organization_id has changed: until it is back, leases of the former one can't be revoked, " +
+			"nor its keys of static roles deleted")
 		b.warnOfKeys(resp, was)
 		cfg.PendingDeletion = nil // ids of the former organization
 	}
@@ -244,7 +245,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	if err != nil {
 		return nil, errors.Join(err, b.reregister(ctx, req))
 	}
-	b.retryRotation, b.rotationFailures = time.Time{}, 0
+	b.retries.Clear()
 	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
 		"organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
 	return warningsOnly(resp), nil
@@ -375,8 +376,8 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 	}
 	b.report(ctx, req, "config-delete", nil, "admin_api_key_id", cfg.AdminAPIKeyID)
 	resp := &logical.Response{}
-	resp.AddWarning("leases are not revoked at OpenAI until config is written again; the admin key is still there: " +
-		cfg.AdminAPIKeyID)
+	resp.AddWarning("until config is written again, leases are not revoked at OpenAI, and keys of static roles are " +
+		"neither rotated nor deleted; the admin key is still there: " + cfg.AdminAPIKeyID)
 	b.warnOfKeys(resp, cfg)
 	return resp, nil
 }
@@ -505,8 +506,12 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 	b.identityMu.Lock()
 	defer b.identityMu.Unlock()
 	now, err := getRole(ctx, req.Storage, name) // it may have been written again meanwhile
-	if err == nil && now == nil {
-		err = b.deleteRule(ctx, req.Storage, name)
+	id, idErr := getIdentity(ctx, req.Storage)
+	if err = cmp.Or(err, idErr); err == nil && now == nil && id != nil && id.ProviderID != "" {
+		err = b.useProvider(ctx, req.Storage, id, func(c *client) error {
+			own := func(f federated) bool { return f.Name == b.ruleName(name) }
+			return c.deleteFederated(ctx, rule, rulesPath(id.ProviderID), own)
+		})
 	}
 	if cannotManage(err) {
 		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): a rule with the matcher sub=%s may be "+
@@ -515,22 +520,6 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 		return answerError(fmt.Errorf("the role is deleted, but not its federation rule, delete it again: %w", err))
 	}
 	return warningsOnly(resp), nil
-}
-
-// getRoles reads all roles, by name.
-func getRoles(ctx context.Context, s logical.Storage) (roles map[string]*role, err error) {
-	names, err := s.List(ctx, rolePrefix)
-	roles = map[string]*role{}
-	for _, name := range names {
-		r, err := getRole(ctx, s, name)
-		if err != nil {
-			return nil, err
-		}
-		if r != nil {
-			roles[name] = r
-		}
-	}
-	return roles, err
 }
 
 // roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
@@ -542,10 +531,8 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldD
 		if err != nil {
 			return nil, err
 		}
-		r := newRole()
-		if was != nil {
-			*r = *was
-		}
+		next := *cmp.Or(was, newRole())
+		r := &next
 		if err := r.update(d); err != nil {
 			return logical.ErrorResponse(err.Error()), nil
 		}
@@ -816,15 +803,6 @@ func (b *backend) reportCredential(ctx context.Context, req *logical.Request, op
 		"service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID)
 }
 
-func secretAPIKey(b *backend) *framework.Secret {
-	return &framework.Secret{Type: secretType, Fields: secretFields(), Renew: b.credRenew, Revoke: b.credRevoke}
-}
-
-// secretAccessToken has no Renew: its leases are not renewable.
-func secretAccessToken(b *backend) *framework.Secret {
-	return &framework.Secret{Type: tokenSecretType, Fields: secretFields(), Revoke: b.tokenRevoke}
-}
-
 // tokenRevoke only reports: OpenAI has no way to end a token before its time.
 func (b *backend) tokenRevoke(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	l := &lease{}
@@ -961,9 +939,6 @@ func (b *backend) issue(ctx context.Context, req *logical.Request, r *role, l *l
 func (b *backend) issueToken(ctx context.Context, s logical.Storage, r *role, l *lease, ttl time.Duration) (
 	key *apiKey, life time.Duration, scopes []string, err error) {
 	signer, err := b.getSigner(ctx, s)
-	if err == nil && signer.ProviderID == "" {
-		err = errNoIdentity
-	}
 	if err != nil {
 		return nil, 0, nil, err
 	}
@@ -1059,8 +1034,8 @@ func isMistake(err error) bool { return errors.As(err, new(errutil.UserError)) }
 func answerError(err error) (*logical.Response, error) {
 	var e *apiError
 	if errors.As(err, &e) && (e.Param == "expires_in_seconds" || strings.Contains(e.Message, "expires_in_seconds")) {
-		err = fmt.Errorf("%w; where OpenAI limits a key's life, the role needs enforce_key_expiry=true and a lower "+
-			"ttl and max_ttl", err)
+		err = fmt.Errorf("%w; where OpenAI limits a key's life, a role needs enforce_key_expiry=true and a lower ttl "+
+			"and max_ttl, a static role less time between rotations and a lower overlap", err)
 	}
 	if isJudged(err) || isMistake(err) {
 		return logical.ErrorResponse(err.Error()), nil
@@ -1257,25 +1232,24 @@ func (p *pass) wants(name string) bool {
 	return lost || ok && tag == p.mountID
 }
 
-// due tells whether something that the pass wants is to be deleted: it is lost, or past the end in its name by
-// tidyMargin.
-func (p *pass) due(l *lease) bool {
-	if _, ok := p.lost[l.Name]; ok {
+// due tells whether something of this name, which the pass wants, is to be deleted: it is lost or, by now, past the end
+// in its name by tidyMargin. now is zero when that is not known.
+func (p *pass) due(name string, now time.Time) bool {
+	if _, ok := p.lost[name]; ok {
 		return true
 	}
-	p.undated = p.undated || l.At.IsZero()
-	_, end, _ := parseName(l.Name)
-	return end.Add(tidyMargin).Before(l.At)
+	p.undated = p.undated || now.IsZero()
+	_, end, _ := parseName(name)
+	return end.Add(tidyMargin).Before(now)
 }
 
 // tidyProject deletes what is due in a project: accounts, but those with a key that may have a lease, and keys on
 // accounts.
 func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, organization, id string) error {
 	var found []lease
+	var now time.Time
 	err := b.useClient(ctx, s, organization, func(c *client) (err error) {
-		if found, err = c.credentialsNamed(ctx, id, p.wants); c.projectGone(ctx, id, err) {
-			return nil
-		}
+		found, now, err = c.credentialsNamed(ctx, id, p.wants)
 		return err
 	})
 	if err != nil {
@@ -1284,10 +1258,10 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 	p.found += len(found)
 	inUse := map[string]bool{} // accounts, by their ids
 	for _, l := range found {
-		inUse[l.ServiceAccountID] = inUse[l.ServiceAccountID] || l.KeyOnly && !p.due(&l)
+		inUse[l.ServiceAccountID] = inUse[l.ServiceAccountID] || l.KeyOnly && !p.due(l.Name, now)
 	}
 	for _, l := range found {
-		if l.OrganizationID = organization; p.due(&l) && (l.KeyOnly || !inUse[l.ServiceAccountID]) {
+		if p.due(l.Name, now) && (l.KeyOnly || !inUse[l.ServiceAccountID]) {
 			if err := b.tidyOne(ctx, s, p, &l); err != nil {
 				p.fail(fmt.Errorf("project %s, %s: %w", id, l.id(), err))
 			}
@@ -1296,20 +1270,27 @@ func (b *backend) tidyProject(ctx context.Context, s logical.Storage, p *pass, o
 	return nil
 }
 
-// tidyOne deletes an account or key that is due, but not an account that a role names, perhaps since a moment ago.
-func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *lease) error {
-	if !l.KeyOnly {
-		roles, err := getRoles(ctx, s)
-		if err != nil {
-			return err
-		}
-		for _, r := range roles {
-			if r.ServiceAccountID == l.id() {
-				return nil
-			}
+// isHeld tells whether a role names the account, or a static role the account or the key.
+func isHeld(ctx context.Context, s logical.Storage, l *lease) (held bool, err error) {
+	roles, err := getAll(ctx, s, rolePrefix, getRole)
+	for _, r := range roles {
+		held = held || !l.KeyOnly && r.ServiceAccountID == l.ServiceAccountID
+	}
+	static, staticErr := listStatic(ctx, s)
+	for _, r := range static {
+		for _, k := range append(r.Former, r.Key) {
+			held = held || k.ServiceAccountID == l.ServiceAccountID && (!l.KeyOnly || k.APIKeyID == l.APIKeyID)
 		}
 	}
-	var err error
+	return held, cmp.Or(err, staticErr)
+}
+
+// tidyOne deletes an account or key that is due, unless it is held, perhaps since a moment ago.
+func (b *backend) tidyOne(ctx context.Context, s logical.Storage, p *pass, l *lease) error {
+	held, err := isHeld(ctx, s, l)
+	if held || err != nil {
+		return err
+	}
 	if !p.dryRun {
 		err = b.revokeAtOpenAI(ctx, s, l)
 		b.metrics.add("tidy_deletions_total", 1, "result", result(err))
@@ -1556,7 +1537,8 @@ const backendHelp = `
 The OpenAI secrets engine makes OpenAI service accounts with API keys on demand and deletes them when their lease ends.
 Give it an Admin API key with "config", describe what to hand out with "roles/<name>", and read keys from
 "creds/<name>". It rotates its own Admin API key with "config/rotate" or on a schedule. With "config/identity" it hands
-out access tokens for which it needs no Admin API key.
+out access tokens for which it needs no Admin API key. A key that many read without a lease, and that is rotated for
+them, is described with "static-roles/<name>" and read from "static-creds/<name>".
 `
 
 // The long help texts of the paths.

@@ -14,16 +14,20 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	mathrand "math/rand/v2"
 	"net/http"
 	"net/url"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/helper/errutil"
+	"github.com/hashicorp/vault/sdk/helper/locksutil"
 	"github.com/hashicorp/vault/sdk/logical"
 	"github.com/hashicorp/vault/sdk/rotation"
 )
@@ -46,6 +50,28 @@ const (
 	_            = uint(creatingRest - requestTimeout - undoTimeout)
 	maxCreating  = 50
 )
+
+// backoff is when a scheduled rotation that failed may be tried again.
+type backoff struct {
+	until    time.Time
+	failures int // in a row
+}
+
+// rotateDue rotates the key in a storage entry if its schedule says so, and not too soon after failures. A rotation
+// that succeeds ends the backoff, as does a write of config.
+func (b *backend) rotateDue(entry string, sc *schedule, rotate func() error) {
+	found, _ := b.retries.Load(entry)
+	retry, _ := found.(backoff)
+	now := time.Now()
+	next := sc.nextRotation(now)
+	clockWasAhead := sc.LastRotatedTime.After(now.Add(clockTolerance))
+	if next.IsZero() || now.Before(next) && !clockWasAhead || now.Before(retry.until) || rotate() == nil {
+		return
+	}
+	retry.until = now.Add(min(minRotateRetry<<min(retry.failures, 10), maxRotateRetry))
+	retry.failures++
+	b.retries.Store(entry, retry)
+}
 
 // errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
 var errKeyID = errors.New("admin_api_key_id is required")
@@ -73,35 +99,10 @@ func (c *client) ownKey(ctx context.Context) (*adminKey, error) {
 
 // updateRotation sets the rotation fields that d names. Its error is the caller's.
 func (cfg *config) updateRotation(d *fieldData) error {
-	// The helper takes the window only together with the schedule; a schedule that is already stored will do.
-	if _, named := d.Raw["rotation_window"]; named && cfg.RotationSchedule != "" {
-		if _, named := d.Raw["rotation_schedule"]; !named {
-			d.Raw["rotation_schedule"] = cfg.RotationSchedule
-		}
-	}
-	if err := cfg.ParseAutomatedRotationFields(d); err != nil {
+	if err := cfg.schedule.update(d); err != nil || cfg.AdminKeyTTL == 0 {
 		return err
 	}
-	if cfg.RotationSchedule == "" {
-		cfg.RotationWindow = 0
-	}
-	switch {
-	case cfg.RotationPeriod != 0 && cfg.RotationSchedule != "":
-		return errors.New("rotation_period and rotation_schedule exclude each other: clear one, with " +
-			"rotation_period=0 or rotation_schedule=\"\"")
-	case strings.Contains(cfg.RotationSchedule, "TZ="):
-		return errors.New("rotation_schedule is in UTC and takes no time zone")
-	case cfg.RotationSchedule != "" && !cfg.DisableAutomatedRotation && cfg.nextRotation(time.Now()).IsZero():
-		return errors.New("rotation_schedule has no time to come")
-	case cfg.RotationWindow != 0:
-		if err := rotation.DefaultScheduler.ValidateRotationWindow(int(cfg.RotationWindow.Seconds())); err != nil {
-			return err
-		}
-	}
-	if cfg.AdminKeyTTL == 0 {
-		return nil
-	}
-	switch gap := cfg.longestGap(time.Now()); {
+	switch _, gap := cfg.gaps(time.Now()); {
 	case gap == 0:
 		return errors.New("admin_key_ttl needs rotation_period or rotation_schedule, and no " +
 			"disable_automated_rotation: the key would expire without a successor")
@@ -113,24 +114,55 @@ func (cfg *config) updateRotation(d *fieldData) error {
 	return nil
 }
 
-// longestGap returns the longest time between scheduled rotations within a year; 0 when there are none. A schedule of
-// each minute takes about half a second.
-func (cfg *config) longestGap(now time.Time) (longest time.Duration) {
-	if cfg.DisableAutomatedRotation {
-		return 0
+// update sets the rotation fields that d names. Its error is the caller's.
+func (sc *schedule) update(d *fieldData) error {
+	// The helper takes the window only together with the schedule; a schedule that is already stored will do.
+	if _, named := d.Raw["rotation_window"]; named && sc.RotationSchedule != "" {
+		if _, named := d.Raw["rotation_schedule"]; !named {
+			d.Raw["rotation_schedule"] = sc.RotationSchedule
+		}
 	}
-	if cfg.RotationPeriod != 0 {
-		return cfg.RotationPeriod
+	if err := sc.ParseAutomatedRotationFields(d); err != nil {
+		return err
 	}
-	schedule, err := rotation.DefaultScheduler.Parse(cfg.RotationSchedule)
-	if err != nil {
-		return 0
+	if sc.RotationSchedule == "" {
+		sc.RotationWindow = 0
+	}
+	switch {
+	case sc.RotationPeriod != 0 && sc.RotationSchedule != "":
+		return errors.New("rotation_period and rotation_schedule exclude each other: clear one, with " +
+			"rotation_period=0 or rotation_schedule=\"\"")
+	case strings.Contains(sc.RotationSchedule, "TZ="):
+		return errors.New("rotation_schedule is in UTC and takes no time zone")
+	case sc.RotationSchedule != "" && !sc.DisableAutomatedRotation && sc.nextRotation(time.Now()).IsZero():
+		return errors.New("rotation_schedule has no time to come")
+	case sc.RotationWindow != 0:
+		if err := rotation.DefaultScheduler.ValidateRotationWindow(int(sc.RotationWindow.Seconds())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gaps returns the shortest and the longest time between scheduled rotations within a year; 0 when there are none. A
+// schedule of each minute takes about half a second.
+func (sc *schedule) gaps(now time.Time) (shortest, longest time.Duration) {
+	if sc.DisableAutomatedRotation {
+		return 0, 0
+	}
+	times, err := rotation.DefaultScheduler.Parse(sc.RotationSchedule)
+	if sc.RotationPeriod != 0 || err != nil {
+		return sc.RotationPeriod, sc.RotationPeriod
 	}
 	last := now.UTC()
-	for next := schedule.Next(last); !next.IsZero() && last.Sub(now) <= maxKeyLife; next = schedule.Next(next) {
-		longest, last = max(longest, next.Sub(last)), next
+	for next := times.Next(last); !next.IsZero() && last.Sub(now) <= maxKeyLife; next = times.Next(next) {
+		gap := next.Sub(last)
+		if longest = max(longest, gap); last.After(now) { // else it is a part of one
+			shortest = min(cmp.Or(shortest, gap), gap)
+		}
+		last = next
 	}
-	return longest
+	return cmp.Or(shortest, longest), longest
 }
 
 // registerRotation arranges who rotates cfg's key on schedule and returns the manager. As in Vault's own engines, a job
@@ -166,22 +198,22 @@ func noRotationManager(err error) bool {
 
 // nextRotation returns when the key is due: a time that has passed when it is overdue, zero for never. With a window,
 // times whose window had closed before now are left out.
-func (cfg *config) nextRotation(now time.Time) time.Time {
-	if cfg.ShouldDeregisterRotationJob() {
+func (sc *schedule) nextRotation(now time.Time) time.Time {
+	if sc.ShouldDeregisterRotationJob() {
 		return time.Time{}
 	}
-	last := cfg.LastRotatedTime
-	if cfg.RotationPeriod != 0 {
-		return last.Add(cfg.RotationPeriod)
+	last := sc.LastRotatedTime
+	if sc.RotationPeriod != 0 {
+		return last.Add(sc.RotationPeriod)
 	}
-	schedule, err := rotation.DefaultScheduler.Parse(cfg.RotationSchedule)
+	times, err := rotation.DefaultScheduler.Parse(sc.RotationSchedule)
 	if err != nil {
 		return time.Time{} // refused when it is written
 	}
-	if opened := now.Add(-cfg.RotationWindow); cfg.RotationWindow > 0 && opened.After(last) {
+	if opened := now.Add(-sc.RotationWindow); sc.RotationWindow > 0 && opened.After(last) {
 		last = opened
 	}
-	return schedule.Next(last.UTC())
+	return times.Next(last.UTC())
 }
 
 func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
@@ -252,7 +284,11 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 	after.PendingDeletion = append(after.PendingDeletion, old.ID)
 	after.Creating = cfg.Creating[:len(cfg.Creating)-1]
 	next := b.newClient(&after)
-	if err := next.awaitKey(ctx); err != nil {
+	err = await(ctx, proofTimeout, func(ctx context.Context) error {
+		_, err := next.getAdminKey(ctx, key.ID)
+		return err
+	})
+	if err != nil {
 		if current.deleteAdminKey(ctx, key.ID) == nil { // else seekCreating deletes it
 			cfg.Creating = after.Creating
 			err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
@@ -264,7 +300,7 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 		return nil, err
 	}
 	b.setClient(next)
-	b.retryRotation, b.rotationFailures = time.Time{}, 0
+	b.retries.Delete(configPath)
 	b.deletePending(ctx, s, &after, next)
 	return &after, nil
 }
@@ -289,14 +325,6 @@ func (b *backend) makeAdminKey(ctx context.Context, s logical.Storage, cfg *conf
 		err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
 	}
 	return nil, fmt.Errorf("creating admin API key: %w", err)
-}
-
-// awaitKey waits until OpenAI accepts the client's own key.
-func (c *client) awaitKey(ctx context.Context) error {
-	return await(ctx, proofTimeout, func(ctx context.Context) error {
-		_, err := c.getAdminKey(ctx, c.config.AdminAPIKeyID)
-		return err
-	})
 }
 
 // await tries for the time limit until what uses a new key is not refused, and returns the last try's error.
@@ -416,22 +444,13 @@ func (b *backend) rotatePeriodically(ctx context.Context, req *logical.Request) 
 			return
 		}
 	}
-	now := time.Now()
-	next := cfg.nextRotation(now)
-	if cfg.RotationManager != managerPlugin || next.IsZero() || now.Before(next) || now.Before(b.retryRotation) {
-		return
-	}
-	if _, err := b.rotate(ctx, req, managerPlugin); err != nil {
-		b.retryRotation = now.Add(min(minRotateRetry<<min(b.rotationFailures, 10), maxRotateRetry))
-		b.rotationFailures++
+	if cfg.RotationManager == managerPlugin {
+		b.rotateDue(configPath, &cfg.schedule, func() error {
+			_, err := b.rotate(ctx, req, managerPlugin)
+			return err
+		})
 	}
 }
-
-// What OpenAI knows this mount and a role of access tokens by: the names of the provider and of the rule, from which a
-// crash's remains are found again, and the sub of the role's JWTs.
-func (b *backend) providerName() string        { return "vault-" + b.mountID }
-func (b *backend) ruleName(role string) string { return b.providerName() + "-" + role }
-func (b *backend) subject(role string) string  { return "vault:" + b.mountID + ":" + role }
 
 // newSigningKey makes a key for RS256.
 func newSigningKey() (*signingKey, error) {
@@ -459,14 +478,11 @@ func (id *identity) jwks() map[string][]jwk {
 
 func (b *backend) identityData(id *identity) map[string]any {
 	jwks, _ := json.Marshal(id.jwks()) // strings can always be encoded
-	next := ""
-	if id.Next != nil {
-		next = id.Next.KeyID
-	}
+	next := cmp.Or(id.Next, &signingKey{})
 	return map[string]any{
 		"issuer": id.Issuer, "audience": id.Audience, "token_endpoint": id.TokenEndpoint,
 		"ca_certificate": id.CACertificate, "identity_provider_id": id.ProviderID, "mount_id": b.mountID,
-		"key_id": id.Key.KeyID, "next_key_id": next, "jwks": string(jwks),
+		"key_id": id.Key.KeyID, "next_key_id": next.KeyID, "jwks": string(jwks),
 		"former_key_until": formatTime(id.FormerUntil),
 	}
 }
@@ -568,26 +584,12 @@ func (cfg *config) vouchesFor(id *identity) bool {
 		(id.CACertificate == "" || id.CACertificate == cfg.CACertificate)
 }
 
-// putIdentity stores id. The next token reads it, also after an error: it may have been stored.
-func (b *backend) putIdentity(ctx context.Context, s logical.Storage, id *identity) error {
-	defer b.dropSigner()
-	return putJSON(ctx, s, identityPath, id)
-}
-
-// dropIdentity deletes the stored identity.
-func (b *backend) dropIdentity(ctx context.Context, s logical.Storage) error {
-	defer b.dropSigner()
-	if err := s.Delete(ctx, identityPath); err != nil {
-		return fmt.Errorf("deleting config/identity: %w", err)
-	}
-	return nil
-}
-
 // identityWrite makes the identity or, where it is there, brings its provider and rules at OpenAI in line with it. The
 // identity is stored before the provider is made, so that the next write or delete finds by name what a crash leaves.
 func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	b.identityMu.Lock()
 	defer b.identityMu.Unlock()
+	defer b.invalidate(ctx, identityPath) // also after an error: it may have been stored
 	id, err := getIdentity(ctx, req.Storage)
 	cfg, configErr := getConfig(ctx, req.Storage)
 	if err = errors.Join(err, configErr); err == nil && b.mountID == "" {
@@ -604,7 +606,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 	made := id.Key == nil
 	if made {
 		if id.Key, err = newSigningKey(); err == nil {
-			err = b.putIdentity(ctx, req.Storage, id)
+			err = putJSON(ctx, req.Storage, identityPath, id)
 		}
 	}
 	if err != nil {
@@ -612,21 +614,23 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 	}
 	resp := &logical.Response{}
 	err = b.saveProvider(ctx, req.Storage, id, true)
+	managed := err == nil
 	switch {
 	case cannotManage(err):
 		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): the provider there must have the "+
 			"issuer, audience and jwks that reading config/identity shows, and identity_provider_id be its id", err))
 		err = nil
 	case made && notDone(err): // nothing is stored that OpenAI refuses
-		return answerError(errors.Join(err, b.dropIdentity(ctx, req.Storage)))
-	case err == nil:
+		err = errors.Join(err, req.Storage.Delete(ctx, identityPath))
+	}
+	if err == nil {
+		err = putJSON(ctx, req.Storage, identityPath, id)
+	}
+	if err == nil && managed {
 		err = b.saveRules(ctx, req.Storage, id, resp)
 	}
 	if err != nil {
 		return answerError(err)
-	}
-	if err := b.putIdentity(ctx, req.Storage, id); err != nil {
-		return nil, err
 	}
 	b.report(ctx, req, "identity-write", nil, "identity_provider_id", id.ProviderID, "key_id", id.Key.KeyID)
 	return warningsOnly(resp), nil
@@ -634,12 +638,10 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 
 // saveRules gives OpenAI the rules of all roles of access tokens: a new provider has none.
 func (b *backend) saveRules(ctx context.Context, s logical.Storage, id *identity, to *logical.Response) error {
-	roles, err := getRoles(ctx, s)
+	roles, err := tokenRoles(ctx, s)
 	for name, r := range roles {
-		if r.CredentialType == accessToken {
-			if err := b.saveRule(ctx, s, id, name, r); err != nil {
-				to.AddWarning(fmt.Sprintf("role %q may lack its rule, write it again: %s", name, err))
-			}
+		if err := b.saveRule(ctx, s, id, name, r); err != nil {
+			to.AddWarning(fmt.Sprintf("role %q may lack its rule, write it again: %s", name, err))
 		}
 	}
 	return err
@@ -654,26 +656,26 @@ func cannotManage(err error) bool {
 	return errors.Is(err, errOperator) || errors.Is(err, errOtherOrganization) || adminKeyRefused(err)
 }
 
-// saveProvider gives OpenAI the identity. On a write of the identity it also turns the provider on, and makes it unless
-// there is one, of the id that is known or of this mount's name.
-func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *identity, write bool) error {
+// useProvider runs fn, which changes the provider or its rules at OpenAI, unless an operator made the provider.
+func (b *backend) useProvider(ctx context.Context, s logical.Storage, id *identity, fn func(*client) error) error {
 	if id.ProviderID != "" && id.OrganizationID == "" {
 		return errOperator
 	}
+	return b.useClient(ctx, s, id.OrganizationID, fn)
+}
+
+// saveProvider gives OpenAI the identity. On a write of the identity it makes the provider unless there is one, of the
+// id that is known or of this mount's name. It never turns one on: somebody may have turned it off to stop a thief.
+func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *identity, write bool) error {
 	in := map[string]any{
 		"name": b.providerName(), "issuer": id.Issuer, "audience": id.Audience,
 		"verification": map[string]any{"type": "uploaded_jwks", "jwks": id.jwks()},
 	}
-	if write {
-		in["enabled"] = true
-	}
-	err := b.useClient(ctx, s, id.OrganizationID, func(c *client) error {
-		save := func(known string) (string, error) {
-			return c.saveFederated(ctx, provider, providersPath, known, in, map[string]any{"type": "oidc"})
-		}
-		saved, err := save(id.ProviderID)
+	fixed := map[string]any{"type": "oidc"}
+	err := b.useProvider(ctx, s, id, func(c *client) error {
+		saved, err := c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
 		if write && isNotFound(err) {
-			saved, err = save("")
+			saved, err = c.saveFederated(ctx, provider, providersPath, "", in, fixed)
 		}
 		if err == nil {
 			id.ProviderID, id.OrganizationID = saved, c.config.OrganizationID
@@ -690,30 +692,25 @@ func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *ident
 func (b *backend) identityDelete(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
 	b.identityMu.Lock()
 	defer b.identityMu.Unlock()
+	defer b.invalidate(ctx, identityPath) // also after an error: it may have been stored
 	id, err := getIdentity(ctx, req.Storage)
 	if err != nil || id == nil {
 		return nil, err
 	}
-	if err = errOperator; id.ProviderID == "" || id.OrganizationID != "" {
-		err = b.useClient(ctx, req.Storage, id.OrganizationID, func(c *client) error {
-			found, err := c.listFederated(ctx, provider, providersPath)
-			for _, p := range found { // a POST that was carried out late may have made a second one
-				if err == nil && (p.ID == id.ProviderID || p.Name == b.providerName()) {
-					err = c.deleteProvider(ctx, p.ID)
-				}
-			}
-			return err
+	err = b.useProvider(ctx, req.Storage, id, func(c *client) error {
+		return c.deleteFederated(ctx, provider, providersPath, func(p federated) bool {
+			return p.ID == id.ProviderID || p.Name == b.providerName() // a late POST may have made a second one
 		})
-	}
+	})
 	resp := &logical.Response{}
 	if cannotManage(err) && id.ProviderID != "" {
-		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): identity provider %q is there still",
-			err, id.ProviderID))
+		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): identity provider %q is there still, "+
+			"turn it off or delete it: until then its key works", err, id.ProviderID))
 	} else if err != nil && !cannotManage(err) {
 		return answerError(fmt.Errorf("deleting the identity provider: %w", err))
 	}
-	if err := b.dropIdentity(ctx, req.Storage); err != nil {
-		return nil, err
+	if err := req.Storage.Delete(ctx, identityPath); err != nil {
+		return nil, fmt.Errorf("deleting config/identity: %w", err)
 	}
 	b.report(ctx, req, "identity-delete", nil, "identity_provider_id", id.ProviderID)
 	return warningsOnly(resp), nil
@@ -728,6 +725,7 @@ func (b *backend) identityDelete(ctx context.Context, req *logical.Request, _ *f
 func (b *backend) identityRotate(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	b.identityMu.Lock()
 	defer b.identityMu.Unlock()
+	defer b.invalidate(ctx, identityPath) // also after an error: it may have been stored
 	id, err := getIdentity(ctx, req.Storage)
 	if err != nil || id == nil {
 		return answerError(cmp.Or(err, error(errNoIdentity)))
@@ -736,12 +734,12 @@ func (b *backend) identityRotate(ctx context.Context, req *logical.Request, d *f
 	switch {
 	case time.Now().Before(id.FormerUntil):
 		return logical.ErrorResponse("the former key is published until %s, as a token of it may live: rotate after "+
-			"that, or delete config/identity to end it now", formatTime(id.FormerUntil)), nil
+			"that; a stolen key is ended by turning the provider off at OpenAI", formatTime(id.FormerUntil)), nil
 	case confirm && id.Next == nil:
 		return logical.ErrorResponse("there is no new key to confirm: rotate without confirm first"), nil
 	case id.Next == nil:
 		if id.Next, err = newSigningKey(); err == nil {
-			err = b.putIdentity(ctx, req.Storage, id)
+			err = putJSON(ctx, req.Storage, identityPath, id)
 		}
 	}
 	if err == nil {
@@ -763,34 +761,26 @@ func (b *backend) identityRotate(ctx context.Context, req *logical.Request, d *f
 	return &logical.Response{Data: b.identityData(id)}, nil
 }
 
-// useNext lets the new key sign once OpenAI accepts it.
+// useNext lets the new key sign once OpenAI accepts it for some role. Without a role there is nothing that could break.
 func (b *backend) useNext(ctx context.Context, s logical.Storage, id *identity) error {
-	if err := b.proveNext(ctx, s, id); err != nil {
+	next, err := b.newSigner(id, id.Next)
+	roles, rolesErr := tokenRoles(ctx, s)
+	if err = errors.Join(err, rolesErr); err == nil {
+		err = await(ctx, checkTimeout, func(ctx context.Context) (err error) {
+			for name, r := range roles {
+				if _, err = next.exchange(ctx, b.subject(name), r.ServiceAccountID, time.Minute); !notAccepted(err) {
+					return err
+				}
+			}
+			return err
+		})
+	}
+	if err != nil {
 		return fmt.Errorf("proving the new key: %w", err)
 	}
 	id.Former, id.FormerUntil = id.Key.jwk, time.Now().Add(requestTimeout+maxTokenLife)
 	id.Key, id.Next = id.Next, nil
-	return b.putIdentity(ctx, s, id)
-}
-
-// proveNext waits until OpenAI accepts the new key for some role. Without a role there is nothing that could break.
-func (b *backend) proveNext(ctx context.Context, s logical.Storage, id *identity) error {
-	next, err := b.newSigner(id, id.Next)
-	roles, rolesErr := getRoles(ctx, s)
-	if err := errors.Join(err, rolesErr); err != nil {
-		return err
-	}
-	return await(ctx, checkTimeout, func(ctx context.Context) (err error) {
-		for name, r := range roles {
-			if r.CredentialType == accessToken {
-				_, err = next.exchange(ctx, b.subject(name), r.ServiceAccountID, time.Minute)
-				if !notAccepted(err) {
-					return err
-				}
-			}
-		}
-		return err
-	})
+	return putJSON(ctx, s, identityPath, id)
 }
 
 // withdrawFormer is the part of periodic that takes the former key off OpenAI's when no token of it can be alive.
@@ -804,9 +794,7 @@ func (b *backend) withdrawFormer(ctx context.Context, s logical.Storage) {
 		return
 	}
 	if err == nil {
-		saveCtx, cancel := context.WithTimeout(ctx, tickTimeout/3) // leaves time for the rest
-		defer cancel()
-		err = b.saveProvider(saveCtx, s, id, false)
+		err = b.saveProvider(ctx, s, id, false)
 	}
 	if errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) {
 		return // until the admin key is there again
@@ -814,7 +802,7 @@ func (b *backend) withdrawFormer(ctx context.Context, s logical.Storage) {
 	if err == nil || errors.Is(err, errOperator) { // then he has to: jwks lacks the key from now on
 		b.Logger().Info("the former signing key is not needed any more", "key_id", id.Former.KeyID, "error", err)
 		id.Former, id.FormerUntil = jwk{}, time.Time{}
-		err = b.putIdentity(ctx, s, id)
+		err = putJSON(ctx, s, identityPath, id)
 	}
 	if err != nil {
 		b.Logger().Warn("taking off the former signing key failed, will be tried again", "error", err)
@@ -832,10 +820,7 @@ func (r *role) permissions() map[string]any {
 // saveRule makes or changes the federation rule of a role. A crash before the role is stored leaves a rule that the
 // next write or delete of the role finds by its name. The caller holds identityMu.
 func (b *backend) saveRule(ctx context.Context, s logical.Storage, id *identity, name string, r *role) error {
-	if id.OrganizationID == "" {
-		return errOperator
-	}
-	err := b.useClient(ctx, s, id.OrganizationID, func(c *client) error {
+	err := b.useProvider(ctx, s, id, func(c *client) error {
 		_, err := c.saveFederated(ctx, rule, rulesPath(id.ProviderID), "", map[string]any{
 			"name": b.ruleName(name), "permissions": r.permissions(),
 			"attribute_matchers": map[string]any{"sub": b.subject(name)},
@@ -856,12 +841,12 @@ func (b *backend) checkTokenRole(ctx context.Context, s logical.Storage, name st
 	if err == nil && (id == nil || id.ProviderID == "") {
 		err = errNoIdentity
 	}
-	roles, rolesErr := getRoles(ctx, s)
+	roles, rolesErr := tokenRoles(ctx, s)
 	if err = errors.Join(err, rolesErr); err != nil {
 		return err
 	}
 	for other, o := range roles {
-		if other != name && o.CredentialType == accessToken && o.ServiceAccountID == r.ServiceAccountID {
+		if other != name && o.ServiceAccountID == r.ServiceAccountID {
 			return errutil.UserError{Err: fmt.Sprintf("service_account_id is the account of role %q: OpenAI takes one "+
 				"rule of a provider for an account", other)}
 		}
@@ -884,16 +869,457 @@ func (b *backend) checkTokenRole(ctx context.Context, s logical.Storage, name st
 	return nil
 }
 
-// deleteRule deletes the rule of a role. The caller holds identityMu.
-func (b *backend) deleteRule(ctx context.Context, s logical.Storage, name string) error {
-	id, err := getIdentity(ctx, s)
-	if err != nil || id == nil {
+const (
+	staticGrace   = 24 * time.Hour  // at least so long a static role's key outlives a rotation that was missed
+	staticOverdue = 2 * time.Minute // after its time a rotation is overdue: the plugin looks each minute
+	maxFormer     = 2               // replaced keys of a static role that live
+	maxStatic     = 8               // static roles that are worked on at once: the calls a minute that there may be
+)
+
+// errStaticLimit is an error of a rotation that would leave more keys than there may be.
+var errStaticLimit = errutil.UserError{Err: "two replaced keys still live, or 50 lost ones are looked for: wait " +
+	"until overlap has passed, or end the replaced ones with overlap=0"}
+
+// exists tells whether the entry is a role.
+func (r *staticRole) exists() bool { return r.Key.APIKeyID != "" }
+
+// getStatic reads the entry of a static role; an empty one when there is none.
+func getStatic(ctx context.Context, s logical.Storage, name string) (*staticRole, error) {
+	r, err := getJSON(ctx, s, staticPrefix+name, &staticRole{})
+	return cmp.Or(r, &staticRole{}), err
+}
+
+// listStatic reads all static roles, by name.
+func listStatic(ctx context.Context, s logical.Storage) (map[string]*staticRole, error) {
+	roles, err := getAll(ctx, s, staticPrefix, getStatic)
+	maps.DeleteFunc(roles, func(_ string, r *staticRole) bool { return !r.exists() })
+	return roles, err
+}
+
+// changeStatic changes what is stored of a static role by now: another node may have written it. An entry that has
+// become empty is deleted. The caller holds the role's lock.
+func changeStatic(ctx context.Context, s logical.Storage, name string, change func(*staticRole) error) error {
+	r, err := getStatic(ctx, s, name)
+	if err == nil {
+		err = change(r)
+	}
+	switch {
+	case err != nil:
 		return err
+	case !r.exists() && len(r.Former)+len(r.Creating) == 0:
+		return s.Delete(ctx, staticPrefix+name)
 	}
-	if id.OrganizationID == "" {
-		return errOperator
+	return putJSON(ctx, s, staticPrefix+name, r)
+}
+
+// retire makes the present key a former one. No former key then lives for longer than overlap.
+func (r *staticRole) retire(overlap time.Duration) {
+	until := time.Now().Add(overlap)
+	if r.exists() {
+		r.Key.Value, r.Key.Until = "", until
+		if !r.Key.Expires.IsZero() && r.Key.Expires.Before(until) {
+			r.Key.Until = r.Key.Expires
+		}
+		r.Former = append(r.Former, r.Key)
 	}
-	return b.useClient(ctx, s, id.OrganizationID, func(c *client) error {
-		return c.deleteRules(ctx, id.ProviderID, b.ruleName(name))
+	for i := range r.Former {
+		if r.Former[i].Until.After(until) {
+			r.Former[i].Until = until
+		}
+	}
+}
+
+// forget takes a name off Creating, and tells whether it was there.
+func (r *staticRole) forget(name string) bool {
+	n := len(r.Creating)
+	r.Creating = slices.DeleteFunc(r.Creating, func(k staticCreating) bool { return k.Name == name })
+	return len(r.Creating) < n
+}
+
+func pathStatic(b *backend) []*framework.Path {
+	settings := fieldMap{
+		"project_id":         required(text, "ID of the OpenAI project of the service account (proj_…). Required."),
+		"service_account_id": required(text, "ID of the existing service account that the key is made on. Required."),
+		"scopes":             field(texts, "Scopes that the key is restricted to. Default: none, all the account can."),
+		"rotation_period":    field(duration, "Time between rotations: at least 1m. Excludes rotation_schedule."),
+		"rotation_schedule":  field(text, "Times of rotations: cron with five fields, in UTC. Default: none."),
+		"overlap": field(duration, "How long a replaced key works: 0 or more, less than the time between rotations. "+
+			"Default of the first write: 1h, or half that time."),
+	}
+	fields, shown := maps.Clone(settings), maps.Clone(settings)
+	fields["name"] = required(text, "Name of the static role.")
+	name := fieldMap{"name": fields["name"]}
+	shown["api_key_id"] = required(text, "ID of the present key.")
+	shown["expires_at"] = required(text, "When OpenAI itself expires the key (RFC 3339, UTC); empty: never.")
+	shown["last_rotated"] = required(text, "When the key was made (RFC 3339, UTC).")
+	shown["next_rotation"] = required(text, "When it is due to be replaced (RFC 3339, UTC).")
+	creds := maps.Clone(shown)
+	shown["former_api_key_ids"] = required(texts, "IDs of replaced keys that still work.")
+	creds["api_key"] = secret("The OpenAI API key.")
+	creds["organization_id"] = required(text, "ID of the organization.")
+	creds["last_vault_rotation"] = required(text, "The same as last_rotated, for tools that know it by this name.")
+	creds["ttl"] = required(duration, "Seconds until next_rotation; 0 when it is overdue.")
+	list := operation(b.staticList, "list", "", "List the static roles.",
+		fieldMap{"keys": field(framework.TypeStringSlice, "Names of the static roles.")})
+	write := forwarded(operation(b.staticWrite, "write", "", "Create or update a static role.", nil))
+	return []*framework.Path{{
+		Pattern: staticPrefix + "?$", DisplayAttrs: display("static-roles"),
+		Operations:   operations{logical.ListOperation: list},
+		HelpSynopsis: "List the static roles.", HelpDescription: staticHelpDescription,
+	}, {
+		Pattern: staticPrefix + framework.GenericNameRegex("name"), DisplayAttrs: display("static-role"),
+		Fields: fields,
+		Operations: operations{
+			logical.CreateOperation: write, logical.UpdateOperation: write,
+			logical.ReadOperation:   operation(b.staticRead, "read", "", "Read a static role, without its key.", shown),
+			logical.DeleteOperation: forwarded(operation(b.staticDelete, "delete", "", "Delete it and its keys.", nil)),
+		},
+		ExistenceCheck: exists, // what is left of a deleted role counts too: its name is written again by an update
+		HelpSynopsis:   "Manage a key that many read and that is rotated.", HelpDescription: staticHelpDescription,
+	}, {
+		Pattern: "static-creds/" + framework.GenericNameRegex("name"), DisplayAttrs: display("static-credentials"),
+		Fields: name,
+		Operations: operations{
+			logical.ReadOperation: operation(b.staticRead, "read", "", "Read the key of a static role.", creds),
+		},
+		HelpSynopsis: "Read the key of a static role.", HelpDescription: staticHelpDescription,
+	}, {
+		Pattern: "rotate-role/" + framework.GenericNameRegex("name"), DisplayAttrs: display("static-role"),
+		Fields: name,
+		Operations: operations{
+			logical.UpdateOperation: forwarded(operation(b.staticWrite, "rotate", "", "Replace the key now.",
+				fieldMap{"api_key_id": shown["api_key_id"], "rotated_time": shown["last_rotated"]})),
+		},
+		HelpSynopsis: "Replace the key of a static role by a new one.", HelpDescription: staticHelpDescription,
+	}}
+}
+
+func (b *backend) staticList(ctx context.Context, req *logical.Request, _ *fieldData) (*logical.Response, error) {
+	roles, err := listStatic(ctx, req.Storage)
+	if err != nil {
+		return nil, err
+	}
+	return logical.ListResponse(slices.Sorted(maps.Keys(roles))), nil
+}
+
+// staticRead shows a static role, or hands out its key. It asks OpenAI nothing.
+func (b *backend) staticRead(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	creds, now := strings.HasPrefix(req.Path, "static-creds/"), time.Now()
+	r, err := getStatic(ctx, req.Storage, d.Get("name").(string))
+	switch {
+	case err != nil || !r.exists() && !creds:
+		return nil, err
+	case !r.exists():
+		return logical.ErrorResponse("static role %q does not exist", d.Get("name")), nil
+	case creds && !r.Key.Expires.IsZero() && !now.Before(r.Key.Expires):
+		return nil, errors.New("the key has expired, since its rotation fails: see Vault's log")
+	}
+	next := r.nextRotation(now)
+	data := map[string]any{
+		"project_id": r.ProjectID, "service_account_id": r.ServiceAccountID, "scopes": append([]string{}, r.Scopes...),
+		"rotation_period": int64(r.RotationPeriod.Seconds()), "rotation_schedule": r.RotationSchedule,
+		"overlap": int64(r.Overlap.Seconds()), "api_key_id": r.Key.APIKeyID, "expires_at": formatTime(r.Key.Expires),
+		"last_rotated": formatTime(r.LastRotatedTime), "next_rotation": formatTime(next),
+	}
+	if creds {
+		data["api_key"], data["organization_id"] = r.Key.Value, r.Key.OrganizationID
+		data["last_vault_rotation"] = data["last_rotated"]
+		data["ttl"] = int64(max(0, next.Sub(now)).Seconds())
+	} else {
+		former := []string{}
+		for _, k := range r.Former {
+			former = append(former, k.APIKeyID)
+		}
+		data["former_api_key_ids"] = former
+	}
+	return &logical.Response{Data: data}, nil
+}
+
+// keyLife returns how long a new key of the role lives at OpenAI. Its error is the caller's: the times do not fit.
+func (r *staticRole) keyLife() (life time.Duration, err error) {
+	shortest, longest := r.gaps(time.Now())
+	least := longest + r.Overlap + staticGrace
+	switch {
+	case shortest < time.Minute: // a schedule has whole minutes
+		err = errors.New("rotation_period must be at least 1m, or there must be a rotation_schedule")
+	case r.Overlap >= shortest:
+		err = fmt.Errorf("overlap is %s, and must be less than the shortest time between rotations, %s: write it too",
+			r.Overlap, shortest)
+	case least > maxKeyLife:
+		err = errors.New("the longest time between rotations (rotation_period, rotation_schedule), overlap and a day " +
+			"must together be at most 365 days")
+	}
+	return min(least+longest, maxKeyLife), err
+}
+
+// update sets the fields that d names and checks what needs no call. It returns the role of the same project, account
+// and scopes. Its error is the caller's.
+func (r *staticRole) update(d *fieldData) (*role, error) {
+	target := newRole()
+	target.TTL = defaultTTL // a static role has none
+	target.ProjectID, target.ServiceAccountID, target.Scopes = r.ProjectID, r.ServiceAccountID, r.Scopes
+	if err := cmp.Or(target.update(d), r.schedule.update(d)); err != nil {
+		return nil, err
+	}
+	r.ProjectID, r.ServiceAccountID, r.Scopes = target.ProjectID, target.ServiceAccountID, target.Scopes
+	if r.ServiceAccountID == "" {
+		return nil, errors.New("service_account_id is required")
+	}
+	if _, named := d.Raw["overlap"]; !named && !r.exists() {
+		shortest, _ := r.gaps(time.Now())
+		r.Overlap = min(time.Hour, shortest/2).Truncate(time.Second)
+	}
+	setSeconds(d, "overlap", &r.Overlap)
+	_, err := r.keyLife()
+	return target, err
+}
+
+// staticWrite makes a new key: for a rotation by hand, and for a write of the role unless that changes nothing.
+func (b *backend) staticWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	name, byHand, resp := d.Get("name").(string), strings.HasPrefix(req.Path, "rotate-role/"), &logical.Response{}
+	lock := locksutil.LockForKey(b.staticLocks, name)
+	lock.Lock()
+	defer lock.Unlock()
+	r, err := getStatic(ctx, req.Storage, name)
+	if err != nil {
+		return nil, err
+	}
+	if byHand && !r.exists() {
+		return logical.ErrorResponse("static role %q does not exist", name), nil
+	}
+	was, target := *r, (*role)(nil)
+	if !byHand { // what is stored may not fit any more at this time of the year
+		if target, err = r.update(d); err != nil {
+			return logical.ErrorResponse(err.Error()), nil
+		}
+	}
+	changed := !reflect.DeepEqual(&was, r)
+	if changed {
+		err = b.checkRole(ctx, req.Storage, "", target, resp)
+	}
+	if err == nil && (changed || byHand) {
+		if err = b.rotateStatic(ctx, req, name, r); err == nil {
+			b.settleStatic(ctx, req.Storage, name, resp)
+		}
+	}
+	if err != nil {
+		return answerError(err)
+	}
+	if byHand {
+		resp.Data = map[string]any{"api_key_id": r.Key.APIKeyID, "rotated_time": formatTime(r.LastRotatedTime)}
+		return resp, nil
+	}
+	return warningsOnly(resp), nil
+}
+
+// staticDelete leaves an entry without a key until all keys of the role are deleted.
+func (b *backend) staticDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
+	name := d.Get("name").(string)
+	lock := locksutil.LockForKey(b.staticLocks, name)
+	lock.Lock()
+	defer lock.Unlock()
+	err := changeStatic(ctx, req.Storage, name, func(r *staticRole) error {
+		r.retire(0)
+		*r = staticRole{Former: r.Former, Creating: r.Creating}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("deleting static role %q: %w", name, err)
+	}
+	b.report(ctx, req, "static-role-delete", nil, "name", name)
+	resp := &logical.Response{}
+	b.settleStatic(ctx, req.Storage, name, resp)
+	return warningsOnly(resp), nil
+}
+
+// beginStatic stores the name of a new key, l, for a static role that is to be as next, and returns how long the key is
+// to live.
+func (b *backend) beginStatic(ctx context.Context, s logical.Storage, l *lease, next *staticRole) (
+	life time.Duration, err error) {
+	now := time.Now()
+	c, err := b.getClient(ctx, s)
+	if err == nil && b.mountID == "" {
+		err = errNoUUID
+	}
+	if err != nil {
+		return 0, err
+	}
+	life, _ = next.keyLife() // what does not fit at this time of the year fitted when it was written
+	l.OrganizationID, l.End = c.config.OrganizationID, endOf(now, life).Unix()
+	suffix := newSuffix(b.mountID, unixTime(l.End))
+	l.Name, _ = renderName(defaultNameTemplate, nameData{RoleName: l.Role, RandomSuffix: suffix})
+	return life, changeStatic(ctx, s, l.Role, func(r *staticRole) error {
+		live := slices.DeleteFunc(slices.Clone(r.Former), func(k staticKey) bool {
+			clockWasAhead := k.Until.After(now.Add(r.Overlap + clockTolerance))
+			return !k.Until.After(now) || clockWasAhead
+		})
+		if next.Overlap > 0 && (len(live) >= maxFormer || len(r.Creating) >= maxCreating) {
+			return errStaticLimit
+		}
+		r.Creating = append(r.Creating, staticCreating{creatingKey{l.Name, l.OrganizationID, now}, l.ProjectID})
+		return nil
 	})
 }
+
+// rotateStatic makes a key for a static role that is to be as next, and stores both. The caller holds the role's lock.
+// What a fault or a crash leaves, by the step that came last:
+//
+//	name stored  nothing, or a new key that nobody has: settleStatic finds it by its name
+//	key made     likewise
+//	key stored   both keys work; settleStatic deletes the old one when overlap is over
+func (b *backend) rotateStatic(ctx context.Context, req *logical.Request, name string, next *staticRole) (err error) {
+	s, existed := req.Storage, next.exists()
+	l := &lease{ProjectID: next.ProjectID, ServiceAccountID: next.ServiceAccountID, Role: name, KeyOnly: true}
+	defer func() {
+		if isMistake(err) && req.Operation != logical.RollbackOperation {
+			return
+		}
+		if err == nil || existed { // names that never come to be would make series without end
+			b.metrics.add("static_rotations_total", 1, "role", name, "result", result(err))
+		}
+		b.report(ctx, req, "static-rotate", err, "name", name, "project_id", l.ProjectID,
+			"service_account_id", l.ServiceAccountID, "api_key_id", l.APIKeyID)
+	}()
+	life, err := b.beginStatic(ctx, s, l, next)
+	if err != nil {
+		return err
+	}
+	key, err := b.create(ctx, s, &role{ProjectID: next.ProjectID, Scopes: next.Scopes}, life, l)
+	if notDone(err) {
+		undo := func(r *staticRole) error { r.forget(l.Name); return nil }
+		err = errors.Join(err, changeStatic(ctx, s, name, undo))
+	}
+	if err != nil {
+		return err
+	}
+	err = changeStatic(ctx, s, name, func(r *staticRole) error {
+		if r.Key.APIKeyID != next.Key.APIKeyID || !r.forget(l.Name) {
+			return errors.New("another node has written or deleted the role, or given up the new key")
+		}
+		r.retire(next.Overlap)
+		next.LastRotatedTime, next.Former, next.Creating = time.Now(), r.Former, r.Creating
+		next.Key = staticKey{lease: *l, Value: key.Value, Expires: unixTime(key.ExpiresAt)}
+		*r = *next
+		return nil
+	})
+	if err == nil {
+		b.retries.Delete(staticPrefix + name)
+	}
+	return err
+}
+
+// seekStatic looks for a key that a rotation began to make. One that is found becomes a former key whose time has come.
+// What is not found stays for lostTime, by OpenAI's clock, since OpenAI may carry it out late.
+func (b *backend) seekStatic(ctx context.Context, s logical.Storage, name string, k staticCreating) error {
+	var found []lease
+	var now time.Time
+	err := b.useClient(ctx, s, k.OrganizationID, func(c *client) (err error) {
+		found, now, err = c.credentialsNamed(ctx, k.ProjectID, func(n string) bool { return n == k.Name })
+		return err
+	})
+	// An account of that name is not ours. Where OpenAI tells no Date, the end in the name is for tidy.
+	found = slices.DeleteFunc(found, func(l lease) bool { return !l.KeyOnly })
+	over := len(found) > 0 || k.Since.Add(lostTime).Before(now) || time.Since(k.Since) > 2*lostTime
+	otherOrganization := errors.Is(err, errOtherOrganization)
+	switch {
+	case !over && (err == nil || otherOrganization):
+		b.staticSought.Store(k.Name, time.Now())
+		return nil
+	case err != nil && !otherOrganization:
+		return err
+	}
+	b.staticSought.Delete(k.Name)
+	return changeStatic(ctx, s, name, func(r *staticRole) error {
+		known := r.forget(k.Name) // else another node has put it to use
+		for i := 0; known && i < len(found); i++ {
+			r.Former = append(r.Former, staticKey{lease: found[i]})
+		}
+		return nil
+	})
+}
+
+// settleStatic deletes what rotations of a static role have left at OpenAI: replaced keys whose time has come, and then
+// keys that rotations began to make, which become replaced keys of the next time. What is to be deleted gets a clean-up
+// entry first, with which sweep goes on. The caller holds the role's lock.
+func (b *backend) settleStatic(ctx context.Context, s logical.Storage, name string, to *logical.Response) {
+	ctx, cancel := context.WithTimeout(ctx, attemptTimeout) // others wait for the lock
+	defer cancel()
+	r, failed := getStatic(ctx, s, name)
+	for _, k := range r.Former {
+		if time.Now().Before(k.Until) {
+			continue
+		}
+		_, err := b.addCleanup(ctx, s, &k.lease, 0)
+		if err == nil {
+			err = changeStatic(ctx, s, name, func(r *staticRole) error {
+				r.Former = slices.DeleteFunc(r.Former, func(f staticKey) bool { return f.APIKeyID == k.APIKeyID })
+				return nil
+			})
+		}
+		if err == nil {
+			err = b.sweepOne(ctx, s, k.APIKeyID)
+		}
+		if err != nil {
+			to.AddWarning("a replaced key could not be deleted yet, it is tried each minute: " + k.APIKeyID)
+		}
+		failed = cmp.Or(failed, err)
+	}
+	for _, k := range r.Creating { // looked for at each tick at first, and later each hour
+		last, _ := b.staticSought.Load(k.Name)
+		sought, _ := last.(time.Time)
+		if time.Since(k.Since) < searchTime || time.Since(sought) > time.Hour-time.Minute {
+			failed = cmp.Or(failed, b.seekStatic(ctx, s, name, k))
+		}
+	}
+	if failed != nil {
+		b.Logger().Warn("deleting keys of a static role failed, will be tried again", "name", name, "error", failed)
+	}
+}
+
+// staticPeriodically rotates the keys of static roles that are due, and deletes what rotations have left: outside of
+// Vault's tick, which holds a lock, a few at once and each in bounded time, so that one that hangs does not keep the
+// others from it.
+func (b *backend) staticPeriodically(req *logical.Request) {
+	b.inBackground(&b.staticMu, func(ctx context.Context) {
+		names, err := req.Storage.List(ctx, staticPrefix)
+		if err != nil {
+			b.Logger().Error("listing static roles failed", "error", err)
+		}
+		mathrand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+		var group sync.WaitGroup
+		slots := make(chan struct{}, maxStatic)
+		for _, name := range names {
+			if put(ctx, slots) == nil {
+				group.Go(func() { b.tendStatic(ctx, req, name); <-slots })
+			}
+		}
+		group.Wait()
+	})
+}
+
+// tendStatic is staticPeriodically for one role. It does nothing while the role is being changed.
+func (b *backend) tendStatic(ctx context.Context, req *logical.Request, name string) {
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	lock := locksutil.LockForKey(b.staticLocks, name)
+	if !lock.TryLock() {
+		return
+	}
+	defer lock.Unlock()
+	if r, err := getStatic(ctx, req.Storage, name); err == nil && r.exists() {
+		b.rotateDue(staticPrefix+name, &r.schedule, func() error { return b.rotateStatic(ctx, req, name, r) })
+	}
+	b.settleStatic(ctx, req.Storage, name, &logical.Response{})
+}
+
+const staticHelpDescription = `
+A static role is one key that many read, for what can't follow a lease. It is made on an existing service account when
+the role is written, and replaced as scheduled, by rotate-role/<name>, and by each write that changes the role. A
+replaced key works until overlap, which is less than the time between rotations, has passed, or until it expires, and is
+then deleted: who reads static-creds/<name> at least once in that time always has a key that works. A read asks OpenAI
+nothing.
+
+At most two replaced keys live: what would make a third one is refused, but for a write of overlap=0, which ends them
+all. A key expires at OpenAI after twice the longest time between rotations, overlap and a day, at most 365 days; an
+expired key is an error. Deleting a static role deletes its keys, never the service account.
+`

@@ -383,10 +383,17 @@ var documented = map[string][]string{
 	"config/rotate": {},
 	"roles":         {},
 	"roles/{name}": {"project_id", "service_account_name_template", "service_account_description", "ttl", "max_ttl",
-		"enforce_key_expiry", "scopes", "service_account_role", "service_account_id"},
-	"creds/{name}": {"ttl"},
-	"metrics":      {"format"},
-	"tidy":         {"dry_run", "mount_id", "project_ids"},
+		"enforce_key_expiry", "scopes", "service_account_role", "service_account_id", "credential_type"},
+	"creds/{name}":           {"ttl"},
+	"config/identity":        {"issuer", "audience", "token_endpoint", "ca_certificate", "identity_provider_id"},
+	"config/identity/rotate": {"confirm"},
+	"static-roles":           nil,
+	"static-roles/{name}": {"project_id", "service_account_id", "scopes", "rotation_period", "rotation_schedule",
+		"overlap"},
+	"static-creds/{name}": nil,
+	"rotate-role/{name}":  nil,
+	"metrics":             {"format"},
+	"tidy":                {"dry_run", "mount_id", "project_ids"},
 }
 
 // Every path is in Vault's OpenAPI document with its fields and answers, and has help

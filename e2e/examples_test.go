@@ -111,6 +111,8 @@ func TestExamplePolicies(t *testing.T) {
 	eachVersion(t, func(t *testing.T, v vault) {
 		e := newEngine(v)
 		e.cli("write", e.mount+"/roles/other", "project_id="+project)
+		e.cli("write", e.mount+"/static-roles/app", "project_id="+project, "rotation_period=24h",
+			"service_account_id="+e.sim.AddServiceAccount(project, "gateway", "member"))
 		for _, test := range []struct {
 			method, path                      string
 			operator, application, prometheus int
@@ -130,6 +132,12 @@ func TestExamplePolicies(t *testing.T) {
 			{"POST", "openai/creds/app", 403, 200, 403},
 			{"GET", "openai/creds/other", 403, 403, 403},
 			{"PUT", "openai/creds/other", 403, 403, 403},
+			{"LIST", "openai/static-roles", 200, 403, 403},
+			{"POST", "openai/static-roles/app", 204, 403, 403},
+			{"GET", "openai/static-roles/app", 200, 403, 403},
+			{"GET", "openai/static-creds/app", 403, 200, 403},
+			{"GET", "openai/static-creds/other", 403, 403, 403},
+			{"PUT", "openai/rotate-role/app", 200, 403, 403},
 			{"GET", "openai/metrics", 200, 403, 200},
 			{"GET", "openai/tidy", 200, 403, 403},
 			{"PUT", "openai/tidy", 200, 403, 403},

@@ -7,6 +7,11 @@ path "openai/creds/my-role" {
   capabilities = ["read", "update"]
 }
 
+# An application that reads a static role's key needs only this.
+path "openai/static-creds/my-role" {
+  capabilities = ["read"]
+}
+
 # Works for who knows the lease's ID, which only the reader of the key was told.
 path "sys/leases/revoke" {
   capabilities = ["update"]

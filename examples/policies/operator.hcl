@@ -26,6 +26,18 @@ path "openai/roles/*" {
   capabilities = ["create", "read", "update", "delete"]
 }
 
+path "openai/static-roles" {
+  capabilities = ["list"]
+}
+
+path "openai/static-roles/*" {
+  capabilities = ["create", "read", "update", "delete"]
+}
+
+path "openai/rotate-role/*" {
+  capabilities = ["update"]
+}
+
 path "openai/metrics" {
   capabilities = ["read"]
 }
