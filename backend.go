@@ -389,7 +389,7 @@ type backend struct {
 
 	mountID   string // the tag in the names of what this mount makes; empty: Vault gave no UUID
 	transport http.RoundTripper
-	throttle  *throttle // shared by all clients of the mount, as is transport
+	throttle  *throttle // of the Admin API: all its clients share it, as they share transport
 	metrics   *metrics
 	// enterprise tells whether Vault keeps observations and events. The community edition drops them.
 	enterprise func() bool

@@ -45,7 +45,7 @@ const (
 	maxBackoff   = 8 * time.Second
 	maxPause     = 60 * time.Second       // longest wait that a Retry-After can ask for
 	maxAnswer    = 1 << 20                // bytes of an answer that are read
-	maxCalls     = 64                     // calls of one mount at once; Vault sends up to 200 revocations together
+	maxCalls     = 64                     // of one throttle at once; Vault sends up to 200 revocations together
 	firstCalls   = 16                     // calls of an endpoint at once until it has answered some
 	minInterval  = 15 * time.Millisecond  // between attempts after a first refusal
 	maxInterval  = 250 * time.Millisecond // slowest pace that is kept by itself
@@ -82,7 +82,8 @@ func newTransport() *http.Transport {
 	return t
 }
 
-// throttle bounds the calls of one mount. OpenAI limits the rate of each endpoint by itself, and so each has a lane.
+// throttle bounds the calls of one mount to the Admin API, or those of one signer to the token endpoint. OpenAI limits
+// the rate of each endpoint by itself, and so each has a lane.
 type throttle struct {
 	slots chan struct{} // holds one for each exchange under way
 	mu    sync.Mutex
