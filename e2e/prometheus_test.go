@@ -143,12 +143,12 @@ func TestPrometheus(t *testing.T) {
 	e.cli("lease", "revoke", "-sync", goes.lease)
 	e.sim.Inject(refused)
 	e.api("GET", e.mount+"/creds/app", nil, http.StatusBadRequest)
+	e.sim.Inject(undeletable) // so that no tick finds the lost account before Prometheus has seen it
 	e.sim.Inject(lost)
 	e.api("GET", e.mount+"/creds/app", nil, http.StatusInternalServerError)
 	e.cli("write", e.mount+"/config", "rotation_period=720h", "admin_key_ttl=2160h")
 	e.sim.Inject(openaisim.Fault{Method: "GET", Path: "admin_api_keys", Status: http.StatusForbidden})
 	e.api("PUT", e.mount+"/config/rotate", nil, http.StatusInternalServerError)
-	e.sim.Inject(undeletable)
 	e.api("PUT", e.mount+"/config/rotate", nil, http.StatusOK)
 	e.insist(stays.lease)
 
@@ -183,6 +183,7 @@ func TestPrometheus(t *testing.T) {
 		`sum(vault_secret_lease_creation{mount_point="openai/"})`:                                                                         load + 2,
 		`vault_expire_num_irrevocable_leases`:                                                                                             0,
 		`vault_openai_cleanups_pending`:                                                                                                   1, // from the next tick on
+		`vault_openai_lost_creates`:                                                                                                       1,
 	} {
 		prometheus.await(query, want, 100*time.Second)
 	}
@@ -192,8 +193,8 @@ func TestPrometheus(t *testing.T) {
 	prometheus.await(`vault_openai_cleanups_total{result="success"}`, 1, 2*time.Minute)
 	prometheus.await(`vault_openai_cleanups_pending`, 0, time.Minute)
 	prometheus.await(`vault_openai_admin_keys_pending_deletion`, 0, time.Minute)
-	prometheus.await(`max_over_time(vault_openai_lost_creates[10m])`, 1, time.Minute)
-	prometheus.await(`vault_openai_tidy_deletions_total{result="success"}`, 1, 4*time.Minute)
+	// A tick and a full pass may delete the same account; to the later one it is gone already.
+	prometheus.await(`vault_openai_tidy_deletions_total{result="success"} >= 1`, math.NaN(), 4*time.Minute)
 	prometheus.await(`vault_openai_lost_creates`, 0, time.Minute)
 	prometheus.await(`vault_openai_tidy_passes_total{result="success"}`, 1, 4*time.Minute)
 	prometheus.await(`vault_openai_tidy_last_pass_timestamp_seconds > time() - 600`, math.NaN(), time.Minute)

@@ -3,8 +3,8 @@
 
 // Gotest runs "go test" with its arguments and shows what matters of it: the line of
 // each package, the output of tests that failed or were skipped, and one line for each
-// test that took a second or more, so that a long run is seen to move. It ends with a
-// count, and fails when no test ran.
+// test that took a second or more, so that a long run is seen to move. It ends with what
+// failed and a count, and fails when no test ran.
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 )
 
@@ -25,11 +26,15 @@ type event struct {
 	Elapsed float64 // seconds
 }
 
+// complaint matches the first line of what a test says.
+var complaint = regexp.MustCompile(`(?m)^ +\w+_test\.go:\d+: .{0,300}`)
+
 // report turns events into output.
 type report struct {
 	out                     *bufio.Writer
 	output                  map[string]*strings.Builder // of the tests that are running
 	passed, failed, skipped int                         // top-level tests, as in Go's own list
+	complaints              strings.Builder             // of tests that failed: their logs may be long
 }
 
 func main() {
@@ -66,6 +71,7 @@ func run(args []string) int {
 		}
 	}
 	err = cmd.Wait()
+	fmt.Print(r.complaints.String())
 	fmt.Printf("%d passed, %d failed, %d skipped\n", r.passed, r.failed, r.skipped)
 	switch {
 	case err != nil:
@@ -113,7 +119,12 @@ func (r *report) add(e event) {
 		r.out.WriteString(r.output[key].String())
 	case "fail":
 		r.failed++
-		r.out.WriteString(r.output[key].String())
+		output := r.output[key].String()
+		r.out.WriteString(output)
+		r.complaints.WriteString("FAILED: " + e.Test + "\n")
+		for _, line := range complaint.FindAllString(output, 20) {
+			r.complaints.WriteString(line + "\n")
+		}
 	default:
 		return // run, pause, cont
 	}
