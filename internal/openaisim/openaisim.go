@@ -60,8 +60,9 @@ type Server struct {
 	first    *key          // see AdminKey
 	admins   []*key
 	projects []*project
-	values   map[string]*key // every key and token there ever was, by value
-	order    map[string]int  // every id there ever was, and its place in the order of creation
+	accounts map[string]*account // every service account there ever was, by id
+	values   map[string]*key     // every key and token there ever was, by value
+	order    map[string]int      // every id there ever was, and its place in the order of creation
 
 	providers  []*provider
 	tokens     []*key        // access tokens, dead ones too
@@ -141,7 +142,7 @@ type project struct {
 // New returns a server with the organization DefaultOrganization, the active project
 // DefaultProject and one admin key that does not expire.
 func New() *Server {
-	s := &Server{values: map[string]*key{}, order: map[string]int{}}
+	s := &Server{accounts: map[string]*account{}, values: map[string]*key{}, order: map[string]int{}}
 	s.AddProject(DefaultProject, "Simulated project")
 	s.AddAdminKey("Simulated admin key")
 	s.first = s.admins[0]
@@ -427,6 +428,7 @@ func (s *Server) addAccount(p *project, id, name, role string) (*account, error)
 	}
 	a := &account{ServiceAccount: ServiceAccount{id, name, role}, created: s.now()}
 	p.accounts = append(p.accounts, a)
+	s.accounts[id] = a
 	return a, nil
 }
 

@@ -131,8 +131,8 @@ func (s *Server) exchangeToken(r *request) (any, error) {
 	if life == 0 {
 		return nil, badJWT("it has expired")
 	}
-	a := s.accountOf(r.body["service_account_id"].(string))
-	if a == nil {
+	a := s.accounts[r.body["service_account_id"].(string)]
+	if a == nil || a.deleted {
 		return nil, oauthError(400, "invalid_target", "No such service account: '%s'.", r.body["service_account_id"])
 	}
 	var matching []*rule
@@ -146,18 +146,6 @@ func (s *Server) exchangeToken(r *request) (any, error) {
 			"%d enabled federation rules for the service account match the subject token, not one.", len(matching))
 	}
 	return s.issue(a, matching[0], life, r.now), nil
-}
-
-// accountOf returns the service account with this id, of any active project; nil: none.
-func (s *Server) accountOf(id string) *account {
-	for _, p := range s.projects {
-		for _, a := range p.accounts { // of an archived one: none
-			if a.ID == id {
-				return a
-			}
-		}
-	}
-	return nil
 }
 
 // issue makes a token and the answer that has it.
