@@ -491,6 +491,10 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 			resp = logical.ErrorResponse("%s does not take this value: %s", name, field.Description)
 		}
 	}
+	ofLease := req.Operation == logical.RenewOperation || req.Operation == logical.RevokeOperation
+	if ofLease && b.System().ReplicationState().HasState(consts.ReplicationPerformanceStandby) {
+		return nil, logical.ErrReadOnly // the active node does it: the framework passes on operations of paths only
+	}
 	if resp == nil {
 		resp, err = b.Backend.HandleRequest(ctx, req)
 	}

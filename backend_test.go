@@ -2840,6 +2840,25 @@ func TestRotateReplication(t *testing.T) {
 	})
 }
 
+// TestLeaseOnStandby: a standby that serves reads (OpenBao 2.5) passes on what a lease does before OpenAI hears of it:
+// its storage is read-only, so what it did at OpenAI would be done without the lease.
+func TestLeaseOnStandby(t *testing.T) {
+	inBubbles(t, map[string]func(e *env, l *vaultsim.Lease) error{
+		"issue":  func(e *env, _ *vaultsim.Lease) error { return vaultsim.Failure(e.Request("read creds/web", nil)) },
+		"renew":  func(e *env, l *vaultsim.Lease) error { return e.Renew(l, 0) },
+		"revoke": func(e *env, l *vaultsim.Lease) error { return e.Revoke(l) },
+	}, func(t *testing.T, e *env, act func(e *env, l *vaultsim.Lease) error) {
+		l := e.lease("web")
+		time.Sleep(time.Minute)
+		e.sim.ResetCalls()
+		e.System.ReplicationStateVal = consts.ReplicationDRDisabled | consts.ReplicationPerformanceStandby
+		e.Fails("on the standby", act(e, l), logical.ErrReadOnly.Error())
+		same(t, "calls of OpenAI", len(e.sim.Calls()), 0)
+		e.System.ReplicationStateVal = consts.ReplicationUnknown
+		failIf(t, act(e, l) != nil, "fails on the active node")
+	})
+}
+
 // TestRotateTakenOver: the older plugin's config is taken over by the first tick, or by Vault's rotation manager.
 func TestRotateTakenOver(t *testing.T) {
 	inBubbles(t, map[string]bool{managerPlugin: false, managerVault: true}, func(t *testing.T, e *env, byVault bool) {
