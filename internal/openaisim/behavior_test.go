@@ -342,6 +342,32 @@ func TestViews(t *testing.T) {
 	same(t, "owner", fields(admin["owner"]), []string{"created_at", "id", "name", "object", "role", "type"})
 }
 
+// TestUserKey: a project also has keys that users own. They look as OpenAI's Go SDK knows them, and outlive accounts.
+func TestUserKey(t *testing.T) {
+	s := New()
+	account := s.AddServiceAccount(DefaultProject, "a", "member")
+	s.AddKey(DefaultProject, account, "k")
+	id := s.AddUserKey(DefaultProject, "k")
+	same(t, "keys", s.Names(DefaultProject)[id], "k")
+	same(t, "account", s.ProjectKeys(DefaultProject)[1].ServiceAccountID, "")
+	same(t, "accounts", len(s.ServiceAccounts(DefaultProject)), 1)
+
+	key := ok(t, s, "GET", keyPath+"/"+id, "")
+	created := ok(t, s, "GET", projectPath, "")["created_at"]
+	same(t, "owner", key["owner"], any(map[string]any{"type": "user", "user": map[string]any{
+		"id": "user-sim", "name": "Simulated owner", "role": "owner", "email": "owner@openaisim.invalid", "created_at": created}}))
+	same(t, "access", key.str("owner_project_access"), "active")
+	same(t, "redacted", strings.HasPrefix(key.str("redacted_value"), "sk-proj..."), true)
+	same(t, "listed", len(ok(t, s, "GET", keyPath, "")["data"].([]any)), 2)
+
+	ok(t, s, "DELETE", accountPath+"/"+account, "")
+	same(t, "left", ok(t, s, "GET", keyPath, "")["data"], any([]any{map[string]any(key)}))
+	refused(t, s, "GET", accountPath+"/user-sim", "", 404, "not_found")
+	ok(t, s, "POST", keyPath+"/"+id, `{"expires_in_seconds":60}`)
+	ok(t, s, "DELETE", keyPath+"/"+id, "")
+	refused(t, s, "GET", keyPath+"/"+id, "", 404, "not_found")
+}
+
 func TestLateOverHTTP(t *testing.T) {
 	s := New()
 	server := httptest.NewServer(s)

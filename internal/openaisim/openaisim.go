@@ -105,8 +105,8 @@ type ServiceAccount struct {
 type ProjectKey struct {
 	ID               string    `json:"id"`
 	Name             string    `json:"name"`
-	ServiceAccountID string    `json:"service_account_id"`
-	Scopes           []string  `json:"scopes"` // empty: no restriction
+	ServiceAccountID string    `json:"service_account_id"` // empty: a user owns the key
+	Scopes           []string  `json:"scopes"`             // empty: no restriction
 	Created          time.Time `json:"created"`
 	Expires          time.Time `json:"expires,omitzero"` // zero: never
 }
@@ -127,6 +127,7 @@ type account struct {
 	ServiceAccount
 	created time.Time
 	deleted bool // also with its project's archiving
+	user    bool // not a service account but a user, who is in no list; see AddUserKey
 }
 
 type project struct {
@@ -214,6 +215,19 @@ func (s *Server) AddKey(project, account, name string) (id string) {
 	defer s.mu.Unlock()
 	p := must(find(s.projects, "project", project))
 	return must(s.addKey(p, must(find(p.accounts, "service account", account)), "", name, "", 0)).ID
+}
+
+// AddUserKey makes a key without expiry that a user owns, not a service account. It panics when
+// there is no such project or it is archived.
+func (s *Server) AddUserKey(project, name string) (id string) {
+	s.lock()
+	defer s.mu.Unlock()
+	p := must(find(s.projects, "project", project))
+	if !p.archived.IsZero() {
+		panic("openaisim: project " + project + " is archived")
+	}
+	user := &account{ServiceAccount: ServiceAccount{"user-sim", "Simulated owner", "owner"}, created: p.created, user: true}
+	return must(s.addKey(p, user, "", name, "", 0)).ID
 }
 
 // AdminKeys returns the live admin keys: not deleted, not expired.
@@ -447,12 +461,14 @@ func (s *Server) addKey(p *project, a *account, id, name, value string, life tim
 	if life > 0 {
 		k.Expires = k.Created.Add(life)
 	}
-	keys, prefix := &s.admins, "sk-admin-simulated-"
+	keys, prefix := &s.admins, k.head()+"-simulated-"
 	if a != nil {
-		keys, prefix = &p.keys, "sk-svcacct-simulated-"
-		k.ServiceAccountID = a.ID
+		keys = &p.keys
 	} else {
 		k.ready = k.Created.Add(s.keyDelay)
+	}
+	if a != nil && !a.user {
+		k.ServiceAccountID = a.ID
 	}
 	alike := func(other *key) bool { return other.redacted() == k.redacted() }
 	for k.value == "" || value == "" && a == nil && slices.ContainsFunc(s.admins, alike) {
@@ -487,14 +503,19 @@ func (k *key) dead(now time.Time) bool {
 	return k.deleted || k.account != nil && k.account.deleted || k.expired(now)
 }
 
-// redacted is the key in the form that OpenAI's documents show: sk-admin...def.
-func (k *key) redacted() string {
-	head := "sk-svcacct"
-	if k.account == nil {
-		head = "sk-admin"
+// head is how the values of keys like this one begin.
+func (k *key) head() string {
+	switch {
+	case k.account == nil:
+		return "sk-admin"
+	case k.account.user:
+		return "sk-proj"
 	}
-	return head + "..." + k.value[max(0, len(k.value)-3):]
+	return "sk-svcacct"
 }
+
+// redacted is the key in the form that OpenAI's documents show: sk-admin...def.
+func (k *key) redacted() string { return k.head() + "..." + k.value[max(0, len(k.value)-3):] }
 
 // apiError is an error in OpenAI's form.
 type apiError struct {
@@ -877,10 +898,13 @@ func (k *key) view() map[string]any {
 		},
 	}
 	if k.account != nil {
-		owner := k.account.view()
+		owner, kind := k.account.view(), "service_account"
 		delete(owner, "object")
+		if k.account.user {
+			owner["email"], kind = "owner@openaisim.invalid", "user"
+		}
 		v["object"] = "organization.project.api_key"
-		v["owner"] = map[string]any{"type": "service_account", "service_account": owner}
+		v["owner"] = map[string]any{"type": kind, kind: owner}
 		v["owner_project_access"] = k.account.access()
 	}
 	return v
