@@ -248,7 +248,7 @@ func (s *Server) resolveFederation(r *request, rt *route, ids map[string]string)
 	return nil
 }
 
-func (s *Server) listProviders(r *request) (any, error) { return page(s, r, s.providers) }
+func (s *Server) listProviders(r *request) (any, error) { return page(s, r, "wip_", s.providers) }
 
 func (s *Server) createProvider(r *request) (any, error) {
 	if len(s.providers) >= maxProviders {
@@ -334,7 +334,7 @@ func (s *Server) listRules(r *request) (any, error) {
 			list = append(list, rule)
 		}
 	}
-	return page(s, r, list)
+	return page(s, r, "wifr_", list)
 }
 
 func (s *Server) createRule(r *request) (any, error) {

@@ -14,7 +14,7 @@
 // Where OpenAI's documents leave a question open, the simulator takes the stricter side:
 //   - a parameter that an endpoint does not list, in the query or in the body, is a 400;
 //   - names and ids are not empty; a scope is words joined by dots, as in api.all.read;
-//   - a cursor is the id of an object that exists or has existed;
+//   - a cursor is the id of an object of the kind listed that exists or has existed;
 //   - limit is 1 to 100, also for admin keys;
 //   - project keys are listed, unless asked otherwise, only when their owner has a role;
 //   - a refused key or token, also one of the wrong kind, is 401 invalid_api_key.
@@ -62,7 +62,7 @@ type Server struct {
 	projects []*project
 	accounts map[string]*account // every service account there ever was, by id
 	values   map[string]*key     // every key and token there ever was, by value
-	order    map[string]int      // every id there ever was, and its place in the order of creation
+	order    map[string]place    // every id there ever was
 
 	providers  []*provider
 	tokens     []*key        // access tokens, dead ones too
@@ -143,7 +143,7 @@ type project struct {
 // New returns a server with the organization DefaultOrganization, the active project
 // DefaultProject and one admin key that does not expire.
 func New() *Server {
-	s := &Server{accounts: map[string]*account{}, values: map[string]*key{}, order: map[string]int{}}
+	s := &Server{accounts: map[string]*account{}, values: map[string]*key{}, order: map[string]place{}}
 	s.AddProject(DefaultProject, "Simulated project")
 	s.AddAdminKey("Simulated admin key")
 	s.first = s.admins[0]
@@ -401,6 +401,12 @@ func find[T object](list []T, kind, id string) (found T, err error) {
 	return found, &apiError{status: 404, code: "not_found", message: fmt.Sprintf("No such %s: '%s'.", kind, id)}
 }
 
+// place is where an object stands among all that there ever were, in the order of their creation.
+type place struct {
+	kind string // how ids of its kind begin, when they are made up
+	n    int
+}
+
 // newID registers id, or a new one with this prefix when it is empty.
 func (s *Server) newID(prefix, id string) (string, error) {
 	if id == "" {
@@ -409,7 +415,7 @@ func (s *Server) newID(prefix, id string) (string, error) {
 	if _, taken := s.order[id]; taken {
 		return "", fmt.Errorf("id %q is taken", id)
 	}
-	s.order[id] = len(s.order)
+	s.order[id] = place{prefix, len(s.order)}
 	return id, nil
 }
 
@@ -947,19 +953,20 @@ func (p *project) view() map[string]any {
 	return v
 }
 
-// page answers with the part of a list, which is in order of creation, that r asks for.
-func page[T object](s *Server, r *request, list []T) (any, error) {
+// page answers with the part of a list, which is in order of creation, that r asks for. The
+// kind is that of the objects listed; see place.
+func page[T object](s *Server, r *request, kind string, list []T) (any, error) {
 	if r.query["order"] == "desc" {
 		list = slices.Clone(list)
 		slices.Reverse(list)
 	}
 	if after, ok := r.query["after"].(string); ok {
 		cursor, ok := s.order[after]
-		if !ok && !s.lax {
+		if ok = ok && cursor.kind == kind; !ok && !s.lax {
 			return nil, badRequest("after", "invalid_value", "Invalid 'after': no object with id '%s'.", after)
 		}
 		for ok && len(list) > 0 && s.order[list[0].ident()] != cursor &&
-			(s.order[list[0].ident()] < cursor) == (r.query["order"] != "desc") {
+			(s.order[list[0].ident()].n < cursor.n) == (r.query["order"] != "desc") {
 			list = list[1:]
 		}
 		if len(list) > 0 && list[0].ident() == after {
@@ -1003,7 +1010,7 @@ func (s *Server) listModels(*request) (any, error) {
 	return map[string]any{"object": "list", "data": []any{model}}, nil
 }
 
-func (s *Server) listAdminKeys(r *request) (any, error) { return page(s, r, s.admins) }
+func (s *Server) listAdminKeys(r *request) (any, error) { return page(s, r, "key_", s.admins) }
 
 func (s *Server) createAdminKey(r *request) (any, error) {
 	life, err := s.life(r)
@@ -1029,7 +1036,7 @@ func (s *Server) listProjects(r *request) (any, error) {
 			list = append(list, p)
 		}
 	}
-	return page(s, r, list)
+	return page(s, r, "proj_", list)
 }
 
 func (s *Server) createProject(r *request) (any, error) {
@@ -1057,7 +1064,9 @@ func (s *Server) archiveProject(r *request) (any, error) {
 	return r.project.view(), nil
 }
 
-func (s *Server) listAccounts(r *request) (any, error) { return page(s, r, r.project.accounts) }
+func (s *Server) listAccounts(r *request) (any, error) {
+	return page(s, r, "svc_acct_", r.project.accounts)
+}
 
 func (s *Server) createAccount(r *request) (any, error) {
 	name := r.body["name"].(string)
@@ -1117,7 +1126,7 @@ func (s *Server) listKeys(r *request) (any, error) {
 			list = append(list, k)
 		}
 	}
-	return page(s, r, list)
+	return page(s, r, "key_", list)
 }
 
 func (s *Server) updateKey(r *request) (any, error) {

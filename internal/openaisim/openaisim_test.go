@@ -152,6 +152,8 @@ func TestRefusals(t *testing.T) {
 		{"GET", keyPath + "?limit=x", "", 400, "invalid_type"},
 		{"GET", keyPath + "?limit=1&limit=2", "", 400, "invalid_value"},
 		{"GET", keyPath + "?after=key_none", "", 400, "invalid_value"},
+		{"GET", keyPath + "?after=" + account.str("id"), "", 400, "invalid_value"},
+		{"GET", adminPath + "?after=" + DefaultProject, "", 400, "invalid_value"},
 		{"GET", keyPath + "?after=", "", 400, "empty_string"},
 		{"GET", keyPath + "?owner_project_access=all", "", 400, "invalid_value"},
 		{"GET", adminPath + "?order=up", "", 400, "invalid_value"},
