@@ -1033,6 +1033,10 @@ func TestNameProject(t *testing.T) {
 		same(t, "prefix of the name", name[:len(name)-suffixLength], "Simulated-project-")
 		same(t, fmt.Sprint("calls for credential ", i), len(e.Wire.Sent()), want)
 	}
+	e.sim.AddProject("proj_unnamed", "")
+	e.OK("roles/named", fields{"project_id": "proj_unnamed"})
+	name := e.lease("named").Data["service_account"].(string)
+	same(t, "prefix of the name in a project without one", name[:len(name)-suffixLength], "vault-")
 }
 
 // FuzzNameTemplate: a template is refused, or gives valid names that end in the suffix.

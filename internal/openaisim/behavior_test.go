@@ -340,6 +340,13 @@ func TestViews(t *testing.T) {
 		"created_at", "expires_at", "id", "last_used_at", "name", "object", "owner", "redacted_value",
 	})
 	same(t, "owner", fields(admin["owner"]), []string{"created_at", "id", "name", "object", "role", "type"})
+
+	s.AddProject("proj_unnamed", "") // in the SDK, names of projects and admin keys can be null
+	_, unnamed := s.AddAdminKey("")
+	for _, path := range []string{"/v1/organization/projects/proj_unnamed", adminPath + "/" + unnamed} {
+		name, there := ok(t, s, "GET", path, "")["name"]
+		same(t, "name of "+path, []any{name, there}, []any{nil, true})
+	}
 }
 
 // TestUserKey: a project also has keys that users own. They look as OpenAI's Go SDK knows them, and outlive accounts.

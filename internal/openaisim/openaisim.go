@@ -177,7 +177,7 @@ func (s *Server) Advance(d time.Duration) { s.locked(func() { s.offset += d }) }
 // AdminKey returns the admin key that New made, dead or alive.
 func (s *Server) AdminKey() (value, id string) { return s.first.value, s.first.ID }
 
-// AddAdminKey makes an admin key that does not expire.
+// AddAdminKey makes an admin key that does not expire. An empty name is null in the answers.
 func (s *Server) AddAdminKey(name string) (value, id string) {
 	s.lock()
 	defer s.mu.Unlock()
@@ -185,7 +185,7 @@ func (s *Server) AddAdminKey(name string) (value, id string) {
 	return k.value, k.ID
 }
 
-// AddProject makes an active project. It panics when the id is taken.
+// AddProject makes an active project. An empty name is null in the answers. It panics when the id is taken.
 func (s *Server) AddProject(id, name string) {
 	s.lock()
 	defer s.mu.Unlock()
@@ -896,7 +896,7 @@ func unixOrNull(t time.Time) any { return orNull(max(0, t.Unix())) }
 
 func (k *key) view() map[string]any {
 	v := map[string]any{
-		"object": "organization.admin_api_key", "id": k.ID, "name": k.Name, "redacted_value": k.redacted(),
+		"object": "organization.admin_api_key", "id": k.ID, "name": orNull(k.Name), "redacted_value": k.redacted(),
 		"created_at": k.Created.Unix(), "expires_at": unixOrNull(k.Expires), "last_used_at": unixOrNull(k.used),
 		"owner": map[string]any{
 			"type": "user", "object": "organization.user", "id": "user-sim", "name": "Simulated owner",
@@ -941,7 +941,7 @@ func (a *account) access() string {
 
 func (p *project) view() map[string]any {
 	v := map[string]any{
-		"object": "organization.project", "id": p.id, "name": p.name, "status": "active",
+		"object": "organization.project", "id": p.id, "name": orNull(p.name), "status": "active",
 		"created_at": p.created.Unix(), "archived_at": unixOrNull(p.archived), "external_key_id": p.external,
 	}
 	if !p.archived.IsZero() {
