@@ -3103,7 +3103,7 @@ func TestIdentityOperator(t *testing.T) {
 		e.Refused("roles/app", role, "identity_provider_id")
 		shown, subject := e.Get("config/identity").Data, e.b().subject("app")
 		id := e.sim.Operate("POST", "", fields{"name": e.b().providerName(), "issuer": shown["issuer"],
-			"audience": shown["audience"], "verification": uploads(shown["jwks"])["verification"]})
+			"audience": shown["audience"], "type": "oidc", "verification": uploads(shown["jwks"])["verification"]})
 		e.sim.Operate("POST", "/PROVIDER/federation_rules", fields{"project_id": ours, "service_account_id": account,
 			"attribute_matchers": fields{"sub": subject},
 			"permissions":        fields{"type": "restricted", "scopes": []string{"api.model.read"}}})

@@ -17,6 +17,7 @@ import (
 // leave a question open:
 //   - the limits of 50, a rule too many for an account and a provider that has rules are 400;
 //   - a project or an account that the body of a rule names wrongly is 400, not 404;
+//   - type is required, as in the Go SDK, which always sends it;
 //   - without verification, a provider is one with discovery. The simulator asks nobody for
 //     keys, so an exchange with such a provider fails. Its issuer and its discovery URL
 //     begin with https://;
@@ -38,7 +39,7 @@ const (
 // adminorganizationworkloadidentityprovider*.go, and the token endpoint.
 var federationRoutes = []route{
 	{"GET", providers, paging + " order:asc|desc", "", (*Server).listProviders},
-	{"POST", providers, "", "name:string! issuer:string! audience:string! type:oidc description:text " +
+	{"POST", providers, "", "name:string! issuer:string! audience:string! type:oidc! description:text " +
 		providerOptions, (*Server).createProvider},
 	{"GET", providers + "/{provider}", "", "", (*Server).show},
 	{"POST", providers + "/{provider}", "", "name:string issuer:string audience:string description:text~ " +

@@ -103,7 +103,7 @@ func updates(t *testing.T, s *Server, path string, changes ...obj) {
 func TestProviders(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := New()
-		made := ok(t, s, "POST", providerPath, `{"name":"n","issuer":"https://i","audience":"a"}`)
+		made := ok(t, s, "POST", providerPath, `{"name":"n","issuer":"https://i","audience":"a","type":"oidc"}`)
 		id := made.str("id")
 		path := providerPath + "/" + id
 		want := answerMap{
@@ -151,7 +151,7 @@ func TestProviderRefusals(t *testing.T) {
 	long := func(n int) string { return strings.Repeat("a", n) }
 	attribute := func(name, expression string) obj { return obj{"attribute": name, "expression": expression} }
 	many := slices.Repeat([]obj{attribute("openai.a", "e")}, 21)
-	body := obj{"name": "n", "issuer": "https://i", "audience": "a"}
+	body := obj{"name": "n", "issuer": "https://i", "audience": "a", "type": "oidc"}
 	const made = "attribute_transformations"
 	for _, test := range []struct {
 		change obj
@@ -186,6 +186,7 @@ func TestProviderRefusals(t *testing.T) {
 		refused(t, s, "POST", providerPath, encode(t, with(body, obj{name: nil})), 400, "missing_required_parameter")
 		refused(t, s, "POST", providerPath+"/"+id, `{"`+name+`":null}`, 400, "invalid_type")
 	}
+	refused(t, s, "POST", providerPath, encode(t, with(body, obj{"type": nil})), 400, "missing_required_parameter")
 	refused(t, s, "POST", providerPath+"/"+id, `{"type":"oidc"}`, 400, "unknown_parameter")
 	refused(t, s, "GET", providerPath+"?service_account_id=x", "", 400, "unknown_parameter")
 	refused(t, s, "GET", providerPath+"?after=x", "", 400, "invalid_value")
@@ -196,7 +197,7 @@ func TestProviderRefusals(t *testing.T) {
 	for range maxProviders - 1 {
 		newProvider(t, s, nil)
 	}
-	refused(t, s, "POST", providerPath, `{"name":"n","issuer":"https://i","audience":"a"}`, 400, "limit_exceeded")
+	refused(t, s, "POST", providerPath, encode(t, body), 400, "limit_exceeded")
 	ok(t, s, "DELETE", providerPath+"/"+id, "")
 	newProvider(t, s, nil)
 	same(t, "providers", len(s.Providers()), maxProviders)
@@ -225,12 +226,13 @@ func TestVerificationRefusals(t *testing.T) {
 	} {
 		body := encode(t, obj{"verification": test.verification})
 		refused(t, s, "POST", providerPath+"/"+id, body, 400, test.code)
-		_, a := call(t, s, "POST", providerPath, `{"name":"n","issuer":"https://i","audience":"a",`+body[1:])
+		made := `{"name":"n","issuer":"https://i","audience":"a","type":"oidc",` + body[1:]
+		_, a := call(t, s, "POST", providerPath, made)
 		same(t, "param of "+body, a.str("error", "param"), "verification"+test.param)
 	}
 	body := encode(t, obj{"verification": discovery, "issuer": "http://i"})
 	refused(t, s, "POST", providerPath+"/"+id, body, 400, "invalid_value")
-	refused(t, s, "POST", providerPath, `{"name":"n","issuer":"i","audience":"a"}`, 400, "invalid_value")
+	refused(t, s, "POST", providerPath, `{"name":"n","issuer":"i","audience":"a","type":"oidc"}`, 400, "invalid_value")
 	same(t, "providers", s.Providers()[0].Updated, s.Providers()[0].Created)
 }
 
@@ -260,10 +262,10 @@ func TestJWKS(t *testing.T) {
 	}
 	for _, key := range append(bad, "key", nil, 1) {
 		jwks := obj{"type": "uploaded_jwks", "jwks": obj{"keys": []any{key}}}
-		body := encode(t, obj{"name": "n", "issuer": "i", "audience": "a", "verification": jwks})
+		body := encode(t, obj{"name": "n", "issuer": "i", "audience": "a", "type": "oidc", "verification": jwks})
 		refused(t, s, "POST", providerPath, body, 400, "invalid_jwk")
 	}
-	body := obj{"name": "n", "issuer": "i", "audience": "a", "verification": uploaded(good, ec)}
+	body := obj{"name": "n", "issuer": "i", "audience": "a", "type": "oidc", "verification": uploaded(good, ec)}
 	refused(t, s, "POST", providerPath, encode(t, body), 400, "invalid_jwk") // the same kid
 	newProvider(t, s, obj{"verification": uploaded(
 		with(good, obj{"key_ops": []string{"verify"}, "x5t": "AQAB", "kid": "a"}),
@@ -328,7 +330,8 @@ func TestOperate(t *testing.T) {
 	s.Fail("", "", 500)
 	jwks := obj{"type": "uploaded_jwks", "jwks": obj{"keys": []any{rsaJWK("one", rsaKeys()[0])}}}
 	for _, name := range []string{"a", "b"} {
-		id := s.Operate("POST", "", obj{"name": name, "issuer": "i", "audience": "a", "verification": jwks})
+		id := s.Operate("POST", "", obj{"name": name, "issuer": "i", "audience": "a", "type": "oidc",
+			"verification": jwks})
 		same(t, "id", s.Providers()[len(s.Providers())-1].ID, id)
 	}
 	account := s.AddServiceAccount(DefaultProject, "a", "none")
