@@ -65,7 +65,7 @@ func runTests(m *testing.M) int {
 		}
 	}()
 	// Tests that are parallel mostly wait; Go's own limit is the number of processors.
-	if err := flag.Set("test.parallel", "8"); err != nil {
+	if err := flag.Set("test.parallel", "16"); err != nil {
 		return fail(err)
 	}
 	return m.Run()
