@@ -1,13 +1,18 @@
-# The mount, its configuration and a role. The admin API key is given once:
+# The mount, its configuration and a role. The admin API key is given by hand, so that no state or plan has it:
 #
-#   TF_VAR_admin_api_key=sk-admin-… terraform apply
-#   vault write -force openai/config/rotate    # the key in the state is dead from now on
-#   terraform apply                            # takes it out of the state
+#   terraform apply -target=vault_mount.openai
+#   vault write openai/config admin_api_key=- organization_id=org-example   # and api_endpoint, certificates
+#   terraform apply
 #
-# A configuration write keeps what it does not name, so later applies need no key.
+# A configuration write keeps what it does not name, so no apply needs the key. A later key is written by hand too:
+# after an apply that failed to write one, the provider takes it for written.
+#
+# In data_json write values as reading shows them, or each plan shows a change: durations as numbers of seconds, lists
+# as lists, ids without a line break (trimspace(file(…))), no null. A field that is taken out of data_json keeps its
+# value: write another one. What is "fixed" changes with terraform apply -replace=…. Terraform does not show Vault's
+# warnings.
 
 terraform {
-  required_version = ">= 1.10" # for ephemeral resources
   required_providers {
     vault = {
       source  = "hashicorp/vault"
@@ -16,13 +21,10 @@ terraform {
   }
 }
 
-provider "vault" {} # VAULT_ADDR and VAULT_TOKEN, with the operator's policy and sys/mounts
-
-variable "admin_api_key" {
-  type      = string
-  default   = ""
-  sensitive = true
-}
+# VAULT_ADDR and VAULT_TOKEN. The token needs the operator's policy; create, read, update and delete on
+# sys/mounts/openai, sys/mounts/openai/tune and sys/policies/acl/openai-my-role; and update on auth/token/create,
+# since the provider makes a token for each run.
+provider "vault" {}
 
 resource "vault_mount" "openai" {
   path        = "openai"
@@ -32,12 +34,12 @@ resource "vault_mount" "openai" {
 
 resource "vault_generic_endpoint" "config" {
   path                 = "${vault_mount.openai.path}/config"
-  ignore_absent_fields = true # reading it back shows more than was written, and no key
-  disable_delete       = true # leases can't be revoked without a configuration
-  data_json = jsonencode(merge({
+  ignore_absent_fields = true # reading it back shows more than was written
+  disable_delete       = true # leases can't be revoked, nor static roles' keys deleted, without a configuration
+  data_json = jsonencode({
     organization_id = "org-example"
     rotation_period = 2592000 # 30 days
-  }, var.admin_api_key == "" ? {} : { admin_api_key = var.admin_api_key }))
+  })
 }
 
 resource "vault_generic_endpoint" "my_role" {
