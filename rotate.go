@@ -1112,7 +1112,8 @@ func (b *backend) staticWrite(ctx context.Context, req *logical.Request, d *fiel
 	return warningsOnly(resp), nil
 }
 
-// staticDelete leaves an entry without a key until all keys of the role are deleted.
+// staticDelete leaves an entry without a key until all keys of the role are deleted or have a clean-up entry. The keys
+// that OpenAI still has are an error, since disabling the mount would forget them.
 func (b *backend) staticDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
 	lock := locksutil.LockForKey(b.staticLocks, name)
@@ -1129,7 +1130,11 @@ func (b *backend) staticDelete(ctx context.Context, req *logical.Request, d *fie
 	b.report(ctx, req, "static-role-delete", nil, "name", name)
 	resp := &logical.Response{}
 	b.settleStatic(ctx, req.Storage, name, resp)
-	return warningsOnly(resp), nil
+	if len(resp.Warnings) > 0 { // no success, after which Terraform would disable the mount
+		return logical.ErrorResponse("the static role is deleted, but do not disable the mount yet: %s",
+			strings.Join(resp.Warnings, "; ")), nil
+	}
+	return nil, nil
 }
 
 // beginStatic stores the name of a new key, l, for a static role that is to be as next, and returns how long the key is
