@@ -16,6 +16,7 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"reflect"
 	"regexp"
 	"runtime"
 	"slices"
@@ -497,6 +498,9 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 	}
 	if resp == nil {
 		resp, err = b.Backend.HandleRequest(ctx, req)
+	}
+	if reflect.DeepEqual(resp, &logical.Response{}) {
+		resp = nil // so that a success that the framework had nothing to warn of has no body
 	}
 	if err == nil && resp.IsError() {
 		b.Logger().Debug("request refused", "path", req.Path, "operation", req.Operation, "error", resp.Error())

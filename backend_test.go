@@ -361,6 +361,22 @@ func TestEmptyBoolean(t *testing.T) {
 	}
 }
 
+// TestUnknownField: who names what is no field of the path is told, since a misspelt "scopes" makes keys that are not
+// restricted.
+func TestUnknownField(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.sign()
+	role := staticRoleOn(e.sim.AddServiceAccount(ours, "gateway", "member"), "24h")
+	role["overlap"] = "1h"
+	e.OK("static-roles/gw", role)
+	for path, data := range map[string]fields{"config": {}, "config/rotate": {}, "config/identity": {},
+		"config/identity/rotate": {}, "roles/web": {}, "roles/new": {"project_id": ours}, "creds/web": {},
+		"static-roles/gw": {}, "rotate-role/gw": {}, "tidy": {"dry_run": true}} {
+		data["scope"], data["unset"] = "api.all.read", nil
+		e.Warned(path, e.Must("update "+path, data), 1, "[scope]")
+	}
+}
+
 // TestFields: on each path, for each field of the path table, null is the same as a request without the field, on a
 // new entry and on one whose values are not the defaults. White space at the ends of keys, ids and the like is dropped,
 // and refused within.

@@ -248,15 +248,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	b.retries.Clear()
 	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
 		"organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
-	return warningsOnly(resp), nil
-}
-
-// warningsOnly returns resp if it warns of anything, so that a plain success has no body.
-func warningsOnly(resp *logical.Response) *logical.Response {
-	if len(resp.Warnings) == 0 {
-		return nil
-	}
-	return resp
+	return resp, nil
 }
 
 // verificationFailed says what to do about an error that proving the admin key met.
@@ -519,7 +511,7 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 	} else if err != nil {
 		return answerError(fmt.Errorf("the role is deleted, but not its federation rule, delete it again: %w", err))
 	}
-	return warningsOnly(resp), nil
+	return resp, nil
 }
 
 // roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
@@ -565,7 +557,7 @@ func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldD
 		}
 		if stored {
 			b.report(ctx, req, "role-write", nil, "name", name, "project_id", r.ProjectID)
-			return warningsOnly(resp), nil
+			return resp, nil
 		}
 	}
 }

@@ -633,7 +633,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 		return answerError(err)
 	}
 	b.report(ctx, req, "identity-write", nil, "identity_provider_id", id.ProviderID, "key_id", id.Key.KeyID)
-	return warningsOnly(resp), nil
+	return resp, nil
 }
 
 // saveRules gives OpenAI the rules of all roles of access tokens: a new provider has none.
@@ -713,7 +713,7 @@ func (b *backend) identityDelete(ctx context.Context, req *logical.Request, _ *f
 		return nil, fmt.Errorf("deleting config/identity: %w", err)
 	}
 	b.report(ctx, req, "identity-delete", nil, "identity_provider_id", id.ProviderID)
-	return warningsOnly(resp), nil
+	return resp, nil
 }
 
 // identityRotate replaces the signing key. The steps, after each of which a key signs that OpenAI has:
@@ -1107,9 +1107,8 @@ func (b *backend) staticWrite(ctx context.Context, req *logical.Request, d *fiel
 	}
 	if byHand {
 		resp.Data = map[string]any{"api_key_id": r.Key.APIKeyID, "rotated_time": formatTime(r.LastRotatedTime)}
-		return resp, nil
 	}
-	return warningsOnly(resp), nil
+	return resp, nil
 }
 
 // staticDelete leaves an entry without a key until all keys of the role are deleted or have a clean-up entry. The keys
