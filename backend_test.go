@@ -3077,10 +3077,31 @@ func TestIdentityElsewhere(t *testing.T) {
 			if tt.warnings > 0 { // nor does the plugin make the provider afterwards
 				e.configure(nil)
 				e.Refused("config/identity", fields{"identity_provider_id": ""}, "token_endpoint", "ca_certificate")
+				e.Warned("rotation", e.OK("config/identity/rotate", nil), 1, "confirm=true")
+				e.OK("config/identity/rotate", fields{"confirm": true})
+				time.Sleep(2 * time.Hour)
+				e.Tick()
+				same(t, "former key until", e.Get("config/identity").Data["former_key_until"], "")
 			}
 			same(t, fmt.Sprint("a provider is there with ", tt), len(e.sim.Providers()) == 1, tt.warnings == 0)
 		})
 	}
+}
+
+// TestIdentityElsewhereMeanwhile: that holds also for a config that comes while the identity is made.
+func TestIdentityElsewhereMeanwhile(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		config := e.Storage.All()["config"]
+		e.Must("delete config", nil)
+		e.Storage.SetAfter(func(verb, key string) error {
+			if verb+" "+key == "put config/identity" {
+				e.Storage.Set("config", config)
+			}
+			return nil
+		})
+		e.Refused("config/identity", fields{"token_endpoint": "https://thief.example/"}, "token_endpoint")
+		same(t, "identity and provider", []any{e.signing(), len(e.sim.Providers())}, []any{nil, 0})
+	})
 }
 
 // TestIdentityFirstWrite: a first write that OpenAI refuses stores nothing. Where the answer is lost, the next write
@@ -3124,7 +3145,7 @@ func TestIdentityOperator(t *testing.T) {
 			"attribute_matchers": fields{"sub": subject},
 			"permissions":        fields{"type": "restricted", "scopes": []string{"api.model.read"}}})
 		resp := e.OK("config/identity", fields{"identity_provider_id": id})
-		e.Warned("with the provider", resp, 1, "an operator made")
+		e.Warned("with the provider", resp, 1, "did not make")
 		e.Warned("role", e.OK("roles/app", role), 1, account, subject, "restricted")
 		e.Warned("role that needs the same rule", e.OK("roles/app", fields{"ttl": "10m"}), 0)
 		same(t, "requests", e.Wire.Sent(), "[]")

@@ -537,8 +537,8 @@ func (b *backend) identityRead(ctx context.Context, req *logical.Request, _ *fie
 
 var identityPattern = regexp.MustCompile(`^[!-~]{1,256}$`)
 
-// update sets the fields that d names. cfg is the config, nil if there is none. Its error is the caller's.
-func (id *identity) update(d *fieldData, cfg *config) (err error) {
+// update sets the fields that d names. Its error is the caller's.
+func (id *identity) update(d *fieldData) (err error) {
 	was := *id
 	setID(d, "issuer", &id.Issuer)
 	setID(d, "audience", &id.Audience)
@@ -567,13 +567,13 @@ func (id *identity) update(d *fieldData, cfg *config) (err error) {
 			"and write it anew, with a new key")
 	case id.OrganizationID != "" && id.ProviderID != was.ProviderID:
 		return errors.New("identity_provider_id is of a provider that the plugin made: delete config/identity first")
-	case id.ProviderID == "" && cfg != nil && !cfg.vouchesFor(id):
-		return errors.New("token_endpoint must be the default or on api_endpoint's host, and ca_certificate none or " +
-			"that of config, where the plugin makes the provider: else make it at OpenAI, and write its " +
-			"identity_provider_id")
 	}
 	return nil
 }
+
+var errNotVouched = errutil.UserError{Err: "token_endpoint must be the default or on api_endpoint's host, and " +
+	"ca_certificate none or that of config, where the plugin makes the provider: else make it at OpenAI, and write " +
+	"its identity_provider_id"}
 
 // vouchesFor tells whether the admin key may make OpenAI trust the identity: its JWTs must go to OpenAI or where config
 // says. Else who may write config/identity but not config could get the organization's tokens sent to himself.
@@ -591,8 +591,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 	defer b.identityMu.Unlock()
 	defer b.invalidate(ctx, identityPath) // also after an error: it may have been stored
 	id, err := getIdentity(ctx, req.Storage)
-	cfg, configErr := getConfig(ctx, req.Storage)
-	if err = errors.Join(err, configErr); err == nil && b.mountID == "" {
+	if err == nil && b.mountID == "" {
 		err = errNoUUID
 	}
 	if err != nil {
@@ -600,7 +599,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 	}
 	id = cmp.Or(id, &identity{Issuer: "https://" + b.providerName() + ".invalid", Audience: defaultEndpoint,
 		TokenEndpoint: defaultTokenEndpoint})
-	if err := id.update(d, cfg); err != nil {
+	if err := id.update(d); err != nil {
 		return logical.ErrorResponse(err.Error()), nil
 	}
 	made := id.Key == nil
@@ -620,7 +619,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): the provider there must have the "+
 			"issuer, audience and jwks that reading config/identity shows, and identity_provider_id be its id", err))
 		err = nil
-	case made && notDone(err): // nothing is stored that OpenAI refuses
+	case made && (notDone(err) || isMistake(err)): // nothing is stored that is refused
 		err = errors.Join(err, req.Storage.Delete(ctx, identityPath))
 	}
 	if err == nil {
@@ -648,7 +647,7 @@ func (b *backend) saveRules(ctx context.Context, s logical.Storage, id *identity
 }
 
 // errOperator means that the plugin leaves the provider alone.
-var errOperator = errors.New("an operator made the identity provider")
+var errOperator = errors.New("the plugin did not make the identity provider")
 
 // cannotManage tells whether err means that the plugin can't change providers and rules at OpenAI, so that an operator
 // has to. The admin key may be deleted after the set-up.
@@ -664,15 +663,22 @@ func (b *backend) useProvider(ctx context.Context, s logical.Storage, id *identi
 	return b.useClient(ctx, s, id.OrganizationID, fn)
 }
 
-// saveProvider gives OpenAI the identity. On a write of the identity it makes the provider unless there is one, of the
-// id that is known or of this mount's name. It never turns one on: somebody may have turned it off to stop a thief.
+// saveProvider gives OpenAI the identity. Only on a write of the identity it makes the provider, unless there is one of
+// the id that is known or of this mount's name. It never turns one on: somebody may have turned it off to stop a thief.
+// The config that vouches for a new one is that of the call: it may have come since the identity was stored.
 func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *identity, write bool) error {
 	in := map[string]any{
 		"name": b.providerName(), "issuer": id.Issuer, "audience": id.Audience,
 		"verification": map[string]any{"type": "uploaded_jwks", "jwks": id.jwks()},
 	}
 	fixed := map[string]any{"type": "oidc"}
+	if !write && id.OrganizationID == "" {
+		return errOperator
+	}
 	err := b.useProvider(ctx, s, id, func(c *client) error {
+		if id.OrganizationID == "" && !c.config.vouchesFor(id) {
+			return errNotVouched
+		}
 		saved, err := c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
 		if write && isNotFound(err) {
 			saved, err = c.saveFederated(ctx, provider, providersPath, "", in, fixed)
