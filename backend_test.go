@@ -3276,6 +3276,24 @@ func TestIdentityDelete(t *testing.T) {
 	})
 }
 
+// TestIdentityDeleteUnlisted: a delete turns the provider off whose id is known also where the list of providers fails,
+// or lacks it.
+func TestIdentityDeleteUnlisted(t *testing.T) {
+	inBubbles(t, map[string]fault{
+		"fails": {Status: 500}, "lacks it": {Status: 200, Body: `{"data":[],"has_more":false}`},
+	}, func(t *testing.T, e *env, f fault) {
+		e.keyless()
+		f.Path = "identity_providers$"
+		e.callsFail("GET", f)
+		err := vaultsim.Failure(e.Request("delete config/identity", nil))
+		same(t, "delete fails", err != nil, f.Status == 500)
+		same(t, "rules that give tokens", len(e.sim.Rules()), 0)
+		e.sim.ClearFaults()
+		e.Must("delete config/identity", nil)
+		same(t, "in the end", e.federation(), nothing)
+	})
+}
+
 // TestIdentityFaults stops each request at each of its steps and makes it again: nothing is too much then, or missing.
 func TestIdentityFaults(t *testing.T) {
 	const ruleless = "1 providers, 1 enabled, 0 rules, creds false"

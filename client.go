@@ -904,10 +904,14 @@ func (c *client) saveFederated(ctx context.Context, kind, path, id string, in, f
 	return saved.ID, err
 }
 
-// deleteFederated deletes the providers, or the rules of a provider, that match. What is gone already is no error.
-func (c *client) deleteFederated(ctx context.Context, kind, path string, match func(federated) bool) error {
+// deleteFederated deletes the provider or rule of this id. Without an id it deletes the providers, or the rules of a
+// provider, that match. What is gone already is no error.
+func (c *client) deleteFederated(ctx context.Context, kind, path, id string, match func(federated) bool) (err error) {
 	list := func() ([]federated, error) { return c.listFederated(ctx, kind, path, match) }
-	found, err := list()
+	found := []federated{{ID: id}}
+	if id == "" {
+		found, err = list()
+	}
 	if kind == rule && isNotFound(err) {
 		return nil // they have gone with their provider
 	}
@@ -927,7 +931,7 @@ func (c *client) deleteFederated(ctx context.Context, kind, path string, match f
 func (c *client) disableProvider(ctx context.Context, id string) error {
 	_, err := c.saveFederated(ctx, provider, providersPath, id, map[string]any{"enabled": false}, nil)
 	if err == nil {
-		err = c.deleteFederated(ctx, rule, rulesPath(id), func(federated) bool { return true })
+		err = c.deleteFederated(ctx, rule, rulesPath(id), "", func(federated) bool { return true })
 	}
 	if isNotFound(err) {
 		return nil

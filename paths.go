@@ -502,7 +502,7 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 	if err = cmp.Or(err, idErr); err == nil && now == nil && id != nil && id.ProviderID != "" {
 		err = b.useProvider(ctx, req.Storage, id, func(c *client) error {
 			own := func(f federated) bool { return f.Name == b.ruleName(name) }
-			return c.deleteFederated(ctx, rule, rulesPath(id.ProviderID), own)
+			return c.deleteFederated(ctx, rule, rulesPath(id.ProviderID), "", own)
 		})
 	}
 	if cannotManage(err) {

@@ -704,9 +704,12 @@ func (b *backend) identityDelete(ctx context.Context, req *logical.Request, _ *f
 		return nil, err
 	}
 	err = b.useProvider(ctx, req.Storage, id, func(c *client) error {
-		return c.deleteFederated(ctx, provider, providersPath, func(p federated) bool {
-			return p.ID == id.ProviderID || p.Name == b.providerName() // a late POST may have made a second one
-		})
+		named := func(p federated) bool { return p.Name == b.providerName() }
+		err := c.deleteFederated(ctx, provider, providersPath, id.ProviderID, named)
+		if err == nil && id.ProviderID != "" { // a late POST may have made a second one
+			err = c.deleteFederated(ctx, provider, providersPath, "", named)
+		}
+		return err
 	})
 	resp := &logical.Response{}
 	if cannotManage(err) && id.ProviderID != "" {
