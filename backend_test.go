@@ -3412,6 +3412,24 @@ func TestIdentityRotationProof(t *testing.T) {
 	})
 }
 
+// TestIdentityClock: a former key is taken off in time, and a key can be rotated again, also where the clock was 80
+// days ahead at the last rotation.
+func TestIdentityClock(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		e.OK("config/identity/rotate", nil)
+		id, err := getIdentity(t.Context(), e.Storage)
+		e.NoError(err)
+		id.FormerUntil = id.FormerUntil.Add(80 * 24 * time.Hour)
+		e.NoError(putJSON(t.Context(), e.Storage, identityPath, id))
+		e.Tick()
+		e.lease("app")
+		e.Refused("config/identity/rotate", nil, "rotate after that")
+		e.Run(time.Hour + requestTimeout + time.Minute)
+		same(t, "keys", e.sim.KeyIDs(), []any{e.signing()})
+		e.OK("config/identity/rotate", nil)
+	})
+}
+
 // TestIdentityDeadKey: an admin key that OpenAI has deleted keeps nobody from tokens, nor from ending them.
 func TestIdentityDeadKey(t *testing.T) {
 	inKeylessBubble(t, func(t *testing.T, e *env) {

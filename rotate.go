@@ -799,6 +799,11 @@ func (b *backend) withdrawFormer(ctx context.Context, s logical.Storage) {
 	}
 	defer b.identityMu.Unlock()
 	id, err := getIdentity(ctx, s)
+	latest := time.Now().Add(requestTimeout + maxTokenLife)
+	if err == nil && id != nil && id.FormerUntil.After(latest) { // the clock was ahead at the rotation
+		id.FormerUntil = latest
+		err = putJSON(ctx, s, identityPath, id)
+	}
 	if err == nil && (id == nil || id.FormerUntil.IsZero() || time.Now().Before(id.FormerUntil)) {
 		return
 	}
