@@ -3430,6 +3430,17 @@ func TestIdentityClock(t *testing.T) {
 	})
 }
 
+// TestIdentityClockBehind: a clock that is behind as much as credentials allow keeps no rotation from its proof.
+func TestIdentityClockBehind(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		time.Sleep(time.Minute) // OpenAI must not have got the key later than now
+		e.sim.Advance(clockTolerance - time.Second)
+		e.lease("app")
+		e.OK("config/identity/rotate", nil)
+		e.lease("app")
+	})
+}
+
 // TestIdentityDeadKey: an admin key that OpenAI has deleted keeps nobody from tokens, nor from ending them.
 func TestIdentityDeadKey(t *testing.T) {
 	inKeylessBubble(t, func(t *testing.T, e *env) {

@@ -777,7 +777,7 @@ func (b *backend) useNext(ctx context.Context, s logical.Storage, id *identity) 
 	if err = errors.Join(err, rolesErr); err == nil {
 		err = await(ctx, checkTimeout, func(ctx context.Context) (err error) {
 			for name, r := range roles {
-				if _, err = next.exchange(ctx, b.subject(name), r.ServiceAccountID, time.Minute); !notAccepted(err) {
+				if _, err = next.exchange(ctx, b.subject(name), r.ServiceAccountID, clockTolerance); !notAccepted(err) {
 					return err
 				}
 			}
