@@ -3555,7 +3555,9 @@ func TestTokenFaults(t *testing.T) {
 		"redirect":  {fault{Kind: "redirect"}, 1, "redirects are not followed; check " + defaultTokenEndpoint},
 		"400":       {fault{Status: 400, Body: echo}, 1, "OpenAI answered 400 invalid_grant: sk-*** and PEM-***"},
 		"a proxy":   {fault{Status: 403, Body: "<html>"}, 1, "OpenAI answered 403: Forbidden"},
-		"no token":  {body("eyJ", ""), 1, "lacks what it must hold"}, "two lines": {body("eyJ", `a\nb`), 1, "lacks"},
+		"403": {fault{Status: 403, Body: `{"error":{"message":"no rule","type":"invalid_request_error"}}`}, 1,
+			"OpenAI answered 403: no rule"},
+		"no token": {body("eyJ", ""), 1, "lacks what it must hold"}, "two lines": {body("eyJ", `a\nb`), 1, "lacks"},
 		"no life": {body("60", "0"), 1, "lacks"}, "endless life": {body("60", "9000000000000000"), 1, "lacks"},
 		"another type": {body("Bearer", "N_A"), 1, "lacks"}, "a life of words": {body("60", `"x"`), 1, "not the JSON"},
 	}, func(t *testing.T, e *env, tt row) {

@@ -247,9 +247,6 @@ func (e *apiError) Error() string {
 	if e.RequestID != "" {
 		text += " (request id " + e.RequestID + ")"
 	}
-	if e.Status == http.StatusForbidden && e.Type != "" {
-		text += "; the admin API key needs Organization Administration: Write"
-	}
 	return text
 }
 
@@ -526,6 +523,9 @@ func (c *client) answer(resp *http.Response, raw []byte, out any) error {
 		if json.Unmarshal(raw, &body) == nil && body.Error.Message != "" {
 			e.Message = c.clean(body.Error.Message)
 			e.Type = c.clean(body.Error.Type)
+			if e.Status == http.StatusForbidden && e.Type != "" && c.config.AdminAPIKey != "" {
+				e.Message += "; the admin API key needs Organization Administration: Write"
+			}
 			code, _ := body.Error.Code.(string)
 			param, _ := body.Error.Param.(string)
 			e.Code, e.Param = c.clean(code), c.clean(param)
