@@ -299,10 +299,13 @@ func (s *Server) Names(projects ...string) map[string]string {
 	return names
 }
 
+// keyStart is how a key begins, perhaps after an escaped line break. The kid of a signing key may have sk- inside.
+var keyStart = regexp.MustCompile(`(^|[^\w-]|\\[nrt])sk-`)
+
 // ShowsKey tells whether a text has anything like a key in it, apart from a masked one (sk-***), or a JWT as those of
 // an identity provider and the simulator's tokens begin, or a private key in PEM.
 func ShowsKey(text string) bool {
-	return strings.Contains(strings.ReplaceAll(text, "sk-***", ""), "sk-") || strings.Contains(text, "eyJhbGci") ||
+	return keyStart.MatchString(strings.ReplaceAll(text, "sk-***", "")) || strings.Contains(text, "eyJhbGci") ||
 		strings.Contains(text, "PRIVATE KEY-----")
 }
 

@@ -294,6 +294,7 @@ func TestDirectly(t *testing.T) {
 	s.AddAdminKey("there")
 	same(t, "admin keys", []bool{s.HasAdminKey("there"), s.HasAdminKey("here")}, []bool{true, false})
 	for text, want := range map[string]bool{"sk-***": false, "sk-admin-x": true, "sk-*** sk-x": true, "": false,
+		`"a\nsk-x"`: true, "kid=ask-b_sk-c-sk-d": false, "key=sk-x": true,
 		"sk-*** eyJhbGciOi.e30.x": true, "-----BEGIN PRIVATE KEY-----": true, "-----BEGIN CERTIFICATE-----": false} {
 		same(t, text, ShowsKey(text), want)
 	}
