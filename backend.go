@@ -416,7 +416,8 @@ type backend struct {
 
 	lifetime context.Context      // ends with Clean
 	lastPass atomic.Pointer[pass] // the last full pass of tidy that ended; nil: none
-	knownMu  sync.Mutex           // held while deleteKnown runs, and for good after Clean
+	sweepMu  sync.Mutex           // held while sweep runs, and for good after Clean
+	seekMu   sync.Mutex           // likewise, for seekLost
 	passMu   sync.Mutex           // likewise, for a full pass of tidy; guards nextPass
 	nextPass time.Time            // when the next one begins
 	staticMu sync.Mutex           // likewise, for a pass over static roles
@@ -450,7 +451,8 @@ func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b.lifetime = lifetime
 	clean := sync.OnceFunc(func() {
 		stop()
-		b.knownMu.Lock() // waits for what runs to end, and keeps more from beginning
+		b.sweepMu.Lock() // waits for what runs to end, and keeps more from beginning
+		b.seekMu.Lock()
 		b.passMu.Lock()
 		b.staticMu.Lock()
 	})

@@ -207,7 +207,7 @@ func (e *env) have(accounts, keys int, when string) {
 
 // quiet lets time pass until nothing works in the background any more.
 func (e *env) quiet() {
-	for _, mu := range []*sync.Mutex{&e.b().knownMu, &e.b().passMu, &e.b().staticMu} {
+	for _, mu := range []*sync.Mutex{&e.b().sweepMu, &e.b().seekMu, &e.b().passMu, &e.b().staticMu} {
 		for !mu.TryLock() {
 			time.Sleep(100 * time.Millisecond)
 		}
@@ -2538,7 +2538,7 @@ func TestRotateFaults(t *testing.T) {
 					e.keyWorks("at a step")
 					same(t, "storage", e.Storage.Keys(""), "[config roles/]")
 				}
-				b.knownMu.Lock() // nothing in the background takes a step
+				b.sweepMu.Lock() // nothing in the background takes a step
 				b.passMu.Lock()
 				reached = e.AtStep(fault, at, each, func(ctx context.Context) {
 					resp, err := e.DoContext(ctx, test.op, test.path, nil)
@@ -2549,7 +2549,7 @@ func TestRotateFaults(t *testing.T) {
 					}
 				})
 				b.passMu.Unlock()
-				b.knownMu.Unlock()
+				b.sweepMu.Unlock()
 				e.lease("web")
 				e.sim.SetKeyDelay(0)
 				e.Run(5 * time.Minute)
@@ -2701,7 +2701,7 @@ func TestRotateUnderWay(t *testing.T) {
 		var group sync.WaitGroup
 		group.Go(func() { e.OK("config/rotate", nil) })
 		synctest.Wait()
-		e.b().knownMu.Lock() // tidy has its own words
+		e.b().sweepMu.Lock() // tidy has its own words
 		e.b().passMu.Lock()
 		state := func() string { return fmt.Sprint(e.Log, e.series(), e.Storage.All(), len(e.sim.Calls())) }
 		before := state()
@@ -2710,7 +2710,7 @@ func TestRotateUnderWay(t *testing.T) {
 		}
 		failIf(t, state() != before, "ticks have done something, with log %s", e.Log)
 		e.b().passMu.Unlock()
-		e.b().knownMu.Unlock()
+		e.b().sweepMu.Unlock()
 		e.sim.SetLatency(0)
 		group.Wait()
 		e.Tick()
@@ -4940,6 +4940,23 @@ func TestTidySweep(t *testing.T) {
 		e.look()
 		e.have(0, 0, "after the fault")
 		same(t, "entries are left", len(e.Storage.Keys(cleanupPrefix)) > 0, tt.others != "")
+	})
+}
+
+// TestTidyApart: a search for a lost create that a rate limit holds up keeps no clean-up entry waiting.
+func TestTidyApart(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.loses()
+		l := e.lease("web")
+		e.sim.Fail("GET", "/service_accounts$", 429)
+		e.Tick()
+		time.Sleep(time.Second)
+		e.sim.Inject(fault{Method: "DELETE", Status: 403})
+		e.Fails("revocation", e.Revoke(l), "403")
+		e.Tick()
+		time.Sleep(time.Second)
+		e.have(1, 1, "after the second tick")
+		e.sim.ClearFaults()
 	})
 }
 

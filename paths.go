@@ -1319,7 +1319,8 @@ func (b *backend) inBackground(mu *sync.Mutex, work func(ctx context.Context)) (
 // tidyPeriodically deletes what is known to be left at OpenAI and, when it is time, runs a full pass. It does so
 // outside of Vault's tick, which holds a lock.
 func (b *backend) tidyPeriodically(s logical.Storage) {
-	b.inBackground(&b.knownMu, func(ctx context.Context) { b.deleteKnown(ctx, s) })
+	b.inBackground(&b.sweepMu, func(ctx context.Context) { b.sweep(ctx, s) })
+	b.inBackground(&b.seekMu, func(ctx context.Context) { b.seekLost(ctx, s) })
 	b.inBackground(&b.passMu, func(ctx context.Context) {
 		if _, err := b.getClient(ctx, s); err != nil || time.Now().Before(b.nextPass) {
 			return // err: there is no config, or it can't be read
@@ -1331,9 +1332,8 @@ func (b *backend) tidyPeriodically(s logical.Storage) {
 	})
 }
 
-// deleteKnown works the clean-up entries off and looks for creates that were lost lately.
-func (b *backend) deleteKnown(ctx context.Context, s logical.Storage) {
-	b.sweep(ctx, s)
+// seekLost looks for creates that were lost lately, and deletes what it finds.
+func (b *backend) seekLost(ctx context.Context, s logical.Storage) {
 	p := &pass{lost: b.lostSince(searchTime)}
 	projects := map[string]string{} // organizations by project
 	for _, l := range p.lost {
