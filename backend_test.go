@@ -2647,6 +2647,19 @@ func TestRotateForgets(t *testing.T) {
 	})
 }
 
+// TestRotateClock: a key whose creation was lost is found within minutes also if the clock was ahead then.
+func TestRotateClock(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.loseKey()
+		cfg := e.config()
+		cfg.Creating[0].Since = time.Now().Add(90 * 24 * time.Hour)
+		e.NoError(putJSON(t.Context(), e.Storage, configPath, cfg))
+		e.Run(3 * time.Minute)
+		e.oneKey("three minutes later")
+		e.expectShown("creating", "[]")
+	})
+}
+
 // TestRotateMany: at most 50 keys are looked for at a time. A creation that was refused leaves none.
 func TestRotateMany(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {

@@ -381,7 +381,7 @@ func (cfg *config) creatingNames() []string {
 func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client) error {
 	var due []string // names, but none of another organization, nor of a rotation that may be under way on another node
 	for _, k := range cfg.Creating {
-		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since) > creatingRest {
+		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since).Abs() > creatingRest { // Abs: clocks change
 			due = append(due, k.Name)
 		}
 	}
