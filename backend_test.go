@@ -2566,7 +2566,7 @@ func TestRotateFaults(t *testing.T) {
 	}
 }
 
-// TestRotateProof: a new key is waited for up to 20 seconds. One that is not accepted then is deleted at once.
+// TestRotateProof: a new key is waited for up to 20 s. One that is not accepted then is deleted within three minutes.
 func TestRotateProof(t *testing.T) {
 	for _, seconds := range []int{0, 3, 12, 13, 15, 17, 19, 22, 3600} {
 		delay, ok := time.Duration(seconds)*time.Second, seconds < 20
@@ -2578,11 +2578,26 @@ func TestRotateProof(t *testing.T) {
 			took, proofs := time.Since(start), e.sim.CountCalls("GET", "/admin_api_keys/")
 			failIf(t, took > min(delay, proofTimeout)+maxProofWait+time.Second || proofs > 17,
 				"key accepted after %v: took %v and %d proofs", delay, took, proofs)
-			e.oneKey("at once")
+			e.Run(3 * time.Minute)
+			e.oneKey("three minutes later")
 			e.expectShown("creating", "[]")
 			same(t, "new key in config", e.config().AdminAPIKeyID != first, ok)
 		})
 	}
+}
+
+// TestRotateNotYetKnown: a new key that OpenAI does not know yet, neither in the proof nor in a DELETE then, is found.
+func TestRotateNotYetKnown(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		unknown := `{"error":{"message":"No such key","type":"invalid_request_error"}}`
+		e.sim.SetKeyDelay(time.Minute)
+		e.sim.Inject(fault{Method: "DELETE", Status: 404, Body: unknown})
+		e.rotateFails("proving")
+		e.sim.ClearFaults()
+		e.Run(4 * time.Minute)
+		e.oneKey("four minutes later")
+		e.expectShown("creating", "[]")
+	})
 }
 
 // TestRotateLate: an admin key that OpenAI makes after an error is found and deleted within an hour and a quarter.

@@ -288,11 +288,7 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 		_, err := next.getAdminKey(ctx, key.ID)
 		return err
 	})
-	if err != nil {
-		if current.deleteAdminKey(ctx, key.ID) == nil { // else seekCreating deletes it
-			cfg.Creating = after.Creating
-			err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
-		}
+	if err != nil { // seekCreating deletes it: a 404 now might mean that OpenAI does not know it yet
 		return nil, fmt.Errorf("proving the new admin API key: %w", err)
 	}
 	if err := putJSON(ctx, s, configPath, &after); err != nil {
