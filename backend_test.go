@@ -2632,6 +2632,7 @@ func TestRotateForgets(t *testing.T) {
 	inBubbles(t, map[string]fault{
 		"refused": {Status: 403}, "failed": {Status: 500}, "no answer": {Kind: "close"}, "without date": day("soon"),
 		"cut": {Status: 200, Body: `{"data":[],"has_more":true}`}, "clock behind": day("Sat, 01 Jan 2000 00:00:00 GMT"),
+		"no list": {Status: 200, Body: `{"status":"ok"}`},
 	}, func(t *testing.T, e *env, list fault) {
 		e.failCreate(fault{Late: 50 * time.Hour})
 		names := e.rotateFails("500")

@@ -599,6 +599,9 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 		if err := c.do(ctx, op); err != nil {
 			return nil, time.Time{}, err
 		}
+		if page.Data == nil || page.HasMore && (page.LastID == "" || page.LastID == query.Get("after")) {
+			return nil, time.Time{}, invalid(name)
+		}
 		for _, entry := range page.Data {
 			if match(entry) {
 				found = append(found, entry)
@@ -606,9 +609,6 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 		}
 		if !page.HasMore {
 			break
-		}
-		if page.LastID == "" || page.LastID == query.Get("after") {
-			return nil, time.Time{}, invalid(name)
 		}
 		query.Set("after", page.LastID)
 	}
