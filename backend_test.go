@@ -2958,7 +2958,8 @@ func TestRotateTTL(t *testing.T) {
 		same(t, "creating a key that ends", err, nil)
 		data := fields{"admin_api_key": made.Value, "admin_api_key_id": made.ID, "rotation_schedule": ""}
 		e.Warned("a key that ends", e.OK("config", data), 1, formatTime(time.Now().Add(day)))
-		e.Warned("a schedule", e.OK("config", fields{"rotation_period": "10d", "admin_key_ttl": "20d"}), 0)
+		e.Warned("a schedule", e.OK("config", fields{"rotation_period": "23h"}), 0)
+		e.Warned("too late", e.OK("config", fields{"rotation_period": "10d", "admin_key_ttl": "20d"}), 1, "no rotation")
 		e.Refused("config", fields{"rotation_period": "11d"}, "admin_key_ttl")
 		e.OK("config/rotate", nil)
 		e.expectShown("admin_key_expires_at", formatTime(time.Now().Add(20*day)))

@@ -230,9 +230,10 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 		b.warnOfKeys(resp, was)
 		cfg.PendingDeletion = nil // ids of the former organization
 	}
-	if !cfg.AdminKeyExpires.IsZero() && cfg.nextRotation(time.Now()).IsZero() {
-		resp.AddWarning("the admin API key expires at " + formatTime(cfg.AdminKeyExpires) +
-			" and no rotation is scheduled: rotate or replace it before")
+	if next, end := cfg.nextRotation(time.Now()), cfg.AdminKeyExpires; !end.IsZero() &&
+		(next.IsZero() || next.After(end)) {
+		resp.AddWarning("the admin API key expires at " + formatTime(end) +
+			" and no rotation is scheduled before: rotate or replace it")
 	}
 	if cfg.RotationManager, err = b.registerRotation(ctx, req.MountPoint, &cfg); err != nil {
 		return nil, err
