@@ -1484,6 +1484,21 @@ func TestCredsUndone(t *testing.T) {
 	}
 }
 
+// TestCredsNotBegun: what a fault of storage kept from being sent to OpenAI is not looked for there.
+func TestCredsNotBegun(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.OK("roles/named", fields{"project_id": ours, "service_account_name_template": "{{.ProjectName}}"})
+		e.Wire.AfterCall(1, func() { // the name of the project
+			e.b().InvalidateKey(t.Context(), configPath)
+			e.Storage.Fail("get", configPath)
+		})
+		_, err := e.Issue("creds/named", nil)
+		e.Fails("creds", err, "creating service account: reading config")
+		e.Storage.SetFault(nil)
+		e.remembers(0, 0, "at once")
+	})
+}
+
 // TestCredsClock: with a clock that is behind OpenAI's by more than a few minutes there is no credential, since its
 // name would have too early an end; the error says so, and nothing is left. A clock that is ahead does no harm.
 func TestCredsClock(t *testing.T) {

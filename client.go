@@ -285,11 +285,10 @@ var (
 	errOtherOrganization = errors.New("config has another organization than")
 )
 
-// notDone tells whether a create that failed certainly had no effect at OpenAI.
+// notDone tells whether a create that failed certainly had no effect at OpenAI. Errors of another type are useClient's.
 func notDone(err error) bool {
 	e, ok := errors.AsType[*apiError](err)
-	return errors.Is(err, errNotConfigured) || errors.Is(err, errOtherOrganization) || isRefused(err) ||
-		ok && e.Status == 0 && !e.sent
+	return err != nil && (!ok || isRefused(err) || e.Status == 0 && !e.sent)
 }
 
 var (
