@@ -2959,7 +2959,7 @@ func TestRotateTTL(t *testing.T) {
 			{"", "12h", "8761h", "no"}, {"", "200d", "365d", "no"}, {"0 3 * * 1-5", "0", "143h", "no"},
 			{"0 3 1 * *", "0", "62d", ""}, {"0 3 1 * *", "0", "61d", "no"}, {"* 9-17 * * 1-5", "0", "6d", ""},
 			{"* 9-17 * * 1-5", "0", "2d", "no"}, // many short gaps come before the long one
-			{"0 3 29 2 *", "0", "365d", "no"},
+			{"0 3 29 2 *", "0", "365d", "no"}, {"", "106751d", "24h", "no"},
 		} {
 			data := fields{"admin_key_ttl": tt.ttl, "rotation_schedule": tt.schedule, "rotation_period": tt.period}
 			if tt.refused == "" {
@@ -4243,7 +4243,7 @@ func TestStaticBadInput(t *testing.T) {
 	bads := vaultsim.Bads
 	e.RefusesAll("static-roles/gw", valid, slices.Concat(bads("project_id", "required", nil),
 		bads("service_account_id", "required", nil), bads("rotation_period", "1m", nil, "59s"),
-		bads("rotation_period", "365 days", "364d"), bads("overlap", "less than", "1h"),
+		bads("rotation_period", "365 days", "364d", "106751d"), bads("overlap", "less than", "1h"),
 		bads("rotation_schedule", "exclu", "0 3 * * *"), bads("service_account_id", "letters", "../x"),
 		bads("project_id", "letters", "a/b"),
 		bads("scopes", "names", "Bad Scope", "a,b c", strings.Repeat("x", 200)),

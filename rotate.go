@@ -106,8 +106,8 @@ func (cfg *config) updateRotation(d *fieldData) error {
 	case gap == 0:
 		return errors.New("admin_key_ttl needs rotation_period or rotation_schedule, and no " +
 			"disable_automated_rotation: the key would expire without a successor")
-	case cfg.AdminKeyTTL < 2*gap:
-		return fmt.Errorf("admin_key_ttl must be at least twice the longest time between rotations, %s", 2*gap)
+	case cfg.AdminKeyTTL/2 < gap:
+		return fmt.Errorf("admin_key_ttl must be at least twice the longest time between rotations, %s", gap)
 	case cfg.AdminKeyTTL > maxKeyLife:
 		return errors.New("admin_key_ttl must be at most 365 days")
 	}
@@ -1055,7 +1055,7 @@ func (r *staticRole) keyLife() (life time.Duration, err error) {
 	case r.Overlap >= shortest:
 		err = fmt.Errorf("overlap is %s, and must be less than the shortest time between rotations, %s: write it too",
 			r.Overlap, shortest)
-	case least > maxKeyLife:
+	case longest > maxKeyLife-r.Overlap-staticGrace: // the sum may overflow
 		err = errors.New("the longest time between rotations (rotation_period, rotation_schedule), overlap and a day " +
 			"must together be at most 365 days")
 	}
