@@ -615,7 +615,7 @@ func (b *backend) identityWrite(ctx context.Context, req *logical.Request, d *fi
 		resp.AddWarning(fmt.Sprintf("the plugin changed nothing at OpenAI (%s): the provider there must have the "+
 			"issuer, audience and jwks that reading config/identity shows, and identity_provider_id be its id", err))
 		err = nil
-	case made && (notDone(err) || isMistake(err)): // nothing is stored that is refused
+	case made && notDone(err): // nothing is stored that is refused
 		err = errors.Join(err, req.Storage.Delete(ctx, identityPath))
 	}
 	if err == nil {
