@@ -497,7 +497,8 @@ func TestConfigBadInput(t *testing.T) {
 		bads("verify_connection", "true or false", "perhaps", aMap),
 		bads("disable_automated_rotation", "true or false", "perhaps"), bads("rotation_policy", "", aMap),
 		bads("rotation_schedule", "", "now and then", "61 * * * *", "* * * * * *", aMap),
-		bads("rotation_schedule", "time zone", "TZ=Europe/Berlin 0 3 * * 0", "CRON_TZ=UTC 0 3 * * 0"),
+		bads("rotation_schedule", "time zone", "TZ=Europe/Berlin 0 3 * * 0", "CRON_TZ=UTC 0 3 * * 0",
+			"TZ=UTC", "CRON_TZ="),
 		bads("rotation_schedule", "no time to come", "0 3 30 2 *"),
 		bads("rotation_window", "rotation_schedule", "1h"), bads("admin_key_ttl", "rotation_period", 3600),
 		bads("rotation_period", "", badDurations...), bads("rotation_window", "", badDurations...),
@@ -4242,6 +4243,7 @@ func TestStaticBadInput(t *testing.T) {
 	valid := staticRoleOn(account, "1h")
 	bads := vaultsim.Bads
 	e.RefusesAll("static-roles/gw", valid, slices.Concat(bads("project_id", "required", nil),
+		bads("rotation_schedule", "time zone", "TZ="),
 		bads("service_account_id", "required", nil), bads("rotation_period", "1m", nil, "59s"),
 		bads("rotation_period", "365 days", "364d", "106751d"), bads("overlap", "less than", "1h"),
 		bads("rotation_schedule", "exclu", "0 3 * * *"), bads("service_account_id", "letters", "../x"),

@@ -122,6 +122,9 @@ func (sc *schedule) update(d *fieldData) error {
 			d.Raw["rotation_schedule"] = sc.RotationSchedule
 		}
 	}
+	if times, _ := d.GetOk("rotation_schedule"); strings.Contains(fmt.Sprint(times), "TZ=") { // cron panics at "TZ="
+		return errors.New("rotation_schedule is in UTC and takes no time zone")
+	}
 	if err := sc.ParseAutomatedRotationFields(d); err != nil {
 		return err
 	}
@@ -132,8 +135,6 @@ func (sc *schedule) update(d *fieldData) error {
 	case sc.RotationPeriod != 0 && sc.RotationSchedule != "":
 		return errors.New("rotation_period and rotation_schedule exclude each other: clear one, with " +
 			"rotation_period=0 or rotation_schedule=\"\"")
-	case strings.Contains(sc.RotationSchedule, "TZ="):
-		return errors.New("rotation_schedule is in UTC and takes no time zone")
 	case sc.RotationSchedule != "" && !sc.DisableAutomatedRotation && sc.nextRotation(time.Now()).IsZero():
 		return errors.New("rotation_schedule has no time to come")
 	case sc.RotationWindow != 0:
