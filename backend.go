@@ -490,7 +490,8 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 	}
 	for name, field := range d.Schema {
 		_, _, err := d.GetOkErr(name)
-		if err != nil || field.Type == framework.TypeBool && req.Data[name] == "" { // the framework takes it for false
+		empty := req.Data[name] == "" && (field.Type == boolean || field.Type == duration) // else it is false or 0
+		if err != nil || empty {
 			resp = logical.ErrorResponse("%s does not take this value: %s", name, field.Description)
 		}
 	}

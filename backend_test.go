@@ -350,15 +350,20 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// TestEmptyBoolean: an empty text is no boolean: it does not turn off an expiry, a proof or a dry run.
-func TestEmptyBoolean(t *testing.T) {
+// TestEmpty: an empty text, as of a variable that is not set, is no boolean and no duration: it does not turn off an
+// expiry, a proof, a dry run or a schedule, nor end the replaced keys of a static role.
+func TestEmpty(t *testing.T) {
 	e := newConfiguredEnv(t)
+	e.static("24h", nil)
+	first := e.reads("at first")
 	for _, test := range []string{"roles/web enforce_key_expiry", "config verify_connection",
-		"config disable_automated_rotation", "tidy dry_run"} {
+		"config disable_automated_rotation", "config rotation_period", "config admin_key_ttl", "tidy dry_run",
+		"static-roles/gw overlap", "static-roles/gw rotation_period", "creds/web ttl"} {
 		path, field, _ := strings.Cut(test, " ")
 		resp, err := e.Write(path, fields{field: ""})
 		e.Refusal(resp, err, field+" does not take this value")
 	}
+	same(t, "the key of the static role", e.reads("then"), first)
 }
 
 // TestUnknownField: who names what is no field of the path is told, since a misspelt "scopes" makes keys that are not
