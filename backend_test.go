@@ -4157,6 +4157,30 @@ func TestStaticHang(t *testing.T) {
 	})
 }
 
+// TestStaticTurns: rotations whose turn at the rate limit does not come leave no name to look for. A
+// client that deletes a role meanwhile and leaves before the role's lock is free has it deleted all the same.
+func TestStaticTurns(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		account := e.static("1h", nil)
+		for i := range 5 {
+			other := e.sim.AddServiceAccount(ours, "other", "member")
+			e.OK(fmt.Sprint("static-roles/other", i), staticRoleOn(other, "1h"))
+		}
+		e.Run(time.Hour - time.Second)
+		e.sim.Fail("POST", "/api_keys", 429)
+		e.Run(10 * time.Minute)
+		e.quiet()
+		same(e.t, "lost creates", e.metric("lost_creates"), 0)
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_, err := e.DoContext(ctx, logical.DeleteOperation, "static-roles/gw", nil)
+		e.Fails("a delete whose client has left", err, "cancel")
+		e.Run(2 * time.Minute)
+		e.quiet()
+		same(e.t, "there is a role", e.exactly(account, "then"), false)
+	})
+}
+
 // TestStaticStorage: a storage that fails is an error, and nothing is left at OpenAI that the entry does not name.
 func TestStaticStorage(t *testing.T) {
 	for _, verb := range []string{"get", "put", "list", "delete"} {

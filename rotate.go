@@ -908,8 +908,11 @@ func listStatic(ctx context.Context, s logical.Storage) (map[string]*staticRole,
 }
 
 // changeStatic changes what is stored of a static role by now: another node may have written it. An entry that has
-// become empty is deleted. The caller holds the role's lock.
+// become empty is deleted. It also works when ctx has ended: a wait for a turn at OpenAI ends so. The caller holds the
+// role's lock.
 func changeStatic(ctx context.Context, s logical.Storage, name string, change func(*staticRole) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
 	r, err := getStatic(ctx, s, name)
 	if err == nil {
 		err = change(r)
