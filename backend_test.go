@@ -4181,6 +4181,27 @@ func TestStaticTurns(t *testing.T) {
 	})
 }
 
+// TestStaticRetry: a write of config ends the backoff also of a rotation that hangs meanwhile.
+func TestStaticRetry(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.static("1h", nil)
+		first := e.reads("at first")
+		e.sim.Fail("POST", "/api_keys", 503)
+		e.Run(3 * time.Hour) // now there is an hour between tries
+		e.quiet()
+		e.sim.ClearFaults()
+		e.sim.ResetCalls()
+		e.sim.Inject(fault{Method: "POST", Path: "/api_keys", Kind: "hang"})
+		for e.sim.CountCalls("POST", "/api_keys") == 0 {
+			e.Tick()
+			time.Sleep(time.Second)
+		}
+		e.configure(nil)
+		e.Run(3 * time.Minute)
+		same(e.t, "rotated", e.reads("then") != first, true)
+	})
+}
+
 // TestStaticStorage: a storage that fails is an error, and nothing is left at OpenAI that the entry does not name.
 func TestStaticStorage(t *testing.T) {
 	for _, verb := range []string{"get", "put", "list", "delete"} {

@@ -60,8 +60,8 @@ type backoff struct {
 // rotateDue rotates the key in a storage entry if its schedule says so, and not too soon after failures. A rotation
 // that succeeds ends the backoff, as does a write of config.
 func (b *backend) rotateDue(entry string, sc *schedule, rotate func() error) {
-	found, _ := b.retries.Load(entry)
-	retry, _ := found.(backoff)
+	found, _ := b.retries.LoadOrStore(entry, backoff{})
+	retry := found.(backoff)
 	now := time.Now()
 	next := sc.nextRotation(now)
 	clockWasAhead := sc.LastRotatedTime.After(now.Add(clockTolerance))
@@ -70,7 +70,7 @@ func (b *backend) rotateDue(entry string, sc *schedule, rotate func() error) {
 	}
 	retry.until = now.Add(min(minRotateRetry<<min(retry.failures, 10), maxRotateRetry))
 	retry.failures++
-	b.retries.Store(entry, retry)
+	b.retries.CompareAndSwap(entry, found, retry) // unless a write of config has come meanwhile
 }
 
 // errKeyID marks an admin_api_key_id that is not the key's, or that can't be found.
@@ -1140,6 +1140,7 @@ func (b *backend) staticDelete(ctx context.Context, req *logical.Request, d *fie
 	if err != nil {
 		return nil, fmt.Errorf("deleting static role %q: %w", name, err)
 	}
+	b.retries.Delete(staticPrefix + name)
 	b.report(ctx, req, "static-role-delete", nil, "name", name)
 	resp := &logical.Response{}
 	b.settleStatic(ctx, req.Storage, name, resp)
