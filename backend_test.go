@@ -3969,7 +3969,7 @@ func TestStaticOutage(t *testing.T) {
 }
 
 // TestStaticLimit: a third replaced key is refused, until overlap has passed, and so is a key beside 50 lost ones. A
-// write of overlap=0 is not, and ends them all. What is refused is not counted.
+// write of overlap=0 is not, and ends them all; then 1,000 lost ones are the limit. What is refused is not counted.
 func TestStaticLimit(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		account := e.static("24h", nil)
@@ -3994,6 +3994,15 @@ func TestStaticLimit(t *testing.T) {
 		before := e.reads("before")
 		e.OK("static-roles/gw", fields{"overlap": 0})
 		same(e.t, "a new key beside 50 lost ones", e.reads("then") != before, true)
+		e.NoError(changeStatic(t.Context(), e.Storage, "gw", func(r *staticRole) error {
+			r.Creating = slices.Repeat(r.Creating[:1], maxLost-1)
+			return nil
+		}))
+		e.sim.Fail("POST", "/api_keys", 500)
+		for range 5 {
+			_, _ = e.Write("rotate-role/gw", nil)
+		}
+		same(e.t, "names, where overlap is 0", len(e.stored().Creating), maxLost)
 	})
 }
 

@@ -1172,7 +1172,8 @@ func (b *backend) beginStatic(ctx context.Context, s logical.Storage, l *lease, 
 			clockWasAhead := k.Until.After(now.Add(r.Overlap + clockTolerance))
 			return !k.Until.After(now) || clockWasAhead
 		})
-		if next.Overlap > 0 && (len(live) >= maxFormer || len(r.Creating) >= maxCreating) {
+		full := len(live) >= maxFormer || len(r.Creating) >= maxCreating
+		if next.Overlap > 0 && full || len(r.Creating) >= maxLost {
 			return errStaticLimit
 		}
 		r.Creating = append(r.Creating, staticCreating{creatingKey{l.Name, l.OrganizationID, now}, l.ProjectID})
