@@ -2739,6 +2739,17 @@ func TestRotateOrganization(t *testing.T) {
 	})
 }
 
+// TestRotateLimited: a scheduled rotation whose turn at OpenAI's rate limit does not come leaves no name to look for.
+func TestRotateLimited(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.OK("config", fields{"rotation_period": "1h"})
+		e.sim.Fail("POST", "/admin_api_keys", 429)
+		e.Run(2 * time.Hour)
+		same(t, "rotations were tried", e.sim.CountCalls("POST", "/admin_api_keys") > 10, true)
+		e.expectShown("creating", []string{})
+	})
+}
+
 // TestRotateUnderWay: during a rotation a tick leaves the admin keys alone, and neither logs nor counts that.
 func TestRotateUnderWay(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {

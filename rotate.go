@@ -318,6 +318,8 @@ func (b *backend) makeAdminKey(ctx context.Context, s logical.Storage, cfg *conf
 		return key, nil
 	}
 	if notDone(err) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout) // a wait for a turn ends with ctx
+		defer cancel()
 		cfg.Creating = cfg.Creating[:len(cfg.Creating)-1]
 		err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
 	}
