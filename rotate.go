@@ -380,7 +380,8 @@ func (cfg *config) creatingNames() []string {
 func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client) error {
 	var due []string // names, but none of another organization, nor of a rotation that may be under way on another node
 	for _, k := range cfg.Creating {
-		if k.OrganizationID == cfg.OrganizationID && time.Since(k.Since).Abs() > creatingRest { // Abs: clocks change
+		age := time.Since(k.Since) // below 0: a clock was ahead
+		if k.OrganizationID == cfg.OrganizationID && (age > creatingRest || age < -clockTolerance) {
 			due = append(due, k.Name)
 		}
 	}
@@ -1289,7 +1290,7 @@ func (b *backend) settleStatic(ctx context.Context, s logical.Storage, name stri
 	for _, k := range r.Creating { // looked for at each tick at first, and later each hour
 		last, _ := b.staticSought.Load(k.Name)
 		sought, _ := last.(time.Time)
-		if time.Since(k.Since) < searchTime || time.Since(sought) > time.Hour-time.Minute {
+		if time.Since(k.Since).Abs() < searchTime || time.Since(sought) > time.Hour-time.Minute {
 			failed = cmp.Or(failed, b.seekStatic(ctx, s, name, k))
 		}
 	}
