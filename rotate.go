@@ -933,10 +933,7 @@ func changeStatic(ctx context.Context, s logical.Storage, name string, change fu
 func (r *staticRole) retire(overlap time.Duration) {
 	until := time.Now().Add(overlap)
 	if r.exists() {
-		r.Key.Value, r.Key.Until = "", until
-		if !r.Key.Expires.IsZero() && r.Key.Expires.Before(until) {
-			r.Key.Until = r.Key.Expires
-		}
+		r.Key.Value, r.Key.Until = "", cmp.Or(r.Key.Expires, until)
 		r.Former = append(r.Former, r.Key)
 	}
 	for i := range r.Former {
