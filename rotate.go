@@ -1240,13 +1240,12 @@ func (b *backend) seekStatic(ctx context.Context, s logical.Storage, name string
 	// An account of that name is not ours. Where OpenAI tells no Date, the end in the name is for tidy.
 	found = slices.DeleteFunc(found, func(l lease) bool { return !l.KeyOnly })
 	over := len(found) > 0 || k.Since.Add(lostTime).Before(now) || time.Since(k.Since) > 2*lostTime
-	otherOrganization := errors.Is(err, errOtherOrganization)
-	switch {
-	case !over && (err == nil || otherOrganization):
+	if err != nil && !errors.Is(err, errOtherOrganization) {
+		return err
+	}
+	if !over {
 		b.staticSought.Store(k.Name, time.Now())
 		return nil
-	case err != nil && !otherOrganization:
-		return err
 	}
 	b.staticSought.Delete(k.Name)
 	return changeStatic(ctx, s, name, func(r *staticRole) error {
