@@ -2750,18 +2750,6 @@ func TestRotateLimited(t *testing.T) {
 	})
 }
 
-// TestRotateClock: a key whose creation was lost while the clock was days ahead is deleted as any other.
-func TestRotateClock(t *testing.T) {
-	inBubble(t, func(t *testing.T, e *env) {
-		e.loseKey()
-		cfg := e.config()
-		cfg.Creating[0].Since = cfg.Creating[0].Since.Add(80 * 24 * time.Hour)
-		e.NoError(putJSON(t.Context(), e.Storage, configPath, cfg))
-		e.Run(2 * time.Minute)
-		e.oneKey("then")
-	})
-}
-
 // TestRotateUnderWay: during a rotation a tick leaves the admin keys alone, and neither logs nor counts that.
 func TestRotateUnderWay(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
