@@ -945,7 +945,7 @@ func (b *backend) issueToken(ctx context.Context, s logical.Storage, r *role, l 
 	// The lease must not outlive the token, and a TTL of 0 would be Vault's default.
 	life = min(ttl, time.Duration(t.ExpiresIn)*time.Second) - time.Since(start)
 	if life < time.Second {
-		return nil, 0, nil, errutil.UserError{Err: "the exchange took longer than the token lives: ask for a longer ttl"}
+		return nil, 0, nil, errutil.UserError{Err: "the exchange took longer than the token lives: raise ttl"}
 	}
 	scopes = strings.Fields(t.Scope)
 	beyond := func(scope string) bool { return !slices.Contains(r.Scopes, scope) }
