@@ -3166,6 +3166,20 @@ func TestIdentityElsewhereMeanwhile(t *testing.T) {
 	})
 }
 
+// TestIdentityElsewhereLater: a provider that is gone is not made anew where config does not name the host of the
+// token endpoint any more.
+func TestIdentityElsewhereLater(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		e.configure(fields{"api_endpoint": "https://former.example/v1"})
+		e.OK("config/identity", fields{"token_endpoint": "https://former.example/token"})
+		e.configure(fields{"api_endpoint": defaultEndpoint})
+		e.OK("config/identity", nil)
+		e.sim.Operate("DELETE", "/PROVIDER", nil)
+		e.Refused("config/identity", nil, "token_endpoint")
+		same(t, "providers", len(e.sim.Providers()), 0)
+	})
+}
+
 // TestIdentityFirstWrite: a first write that OpenAI refuses stores nothing. Where the answer is lost, the next write
 // finds the provider by its name. A write also makes the rules of the roles that are there, and warns of what fails.
 func TestIdentityFirstWrite(t *testing.T) {

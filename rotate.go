@@ -665,7 +665,7 @@ func (b *backend) useProvider(ctx context.Context, s logical.Storage, id *identi
 
 // saveProvider gives OpenAI the identity. Only on a write of the identity it makes the provider, unless there is one of
 // the id that is known or of this mount's name. It never turns one on: somebody may have turned it off to stop a thief.
-// The config that vouches for a new one is that of the call: it may have come since the identity was stored.
+// The config that vouches for a new one is that of the call: another may have been there when the identity was stored.
 func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *identity, write bool) error {
 	in := map[string]any{
 		"name": b.providerName(), "issuer": id.Issuer, "audience": id.Audience,
@@ -675,12 +675,15 @@ func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *ident
 	if !write && id.OrganizationID == "" {
 		return errOperator
 	}
-	err := b.useProvider(ctx, s, id, func(c *client) error {
-		if id.OrganizationID == "" && !c.config.vouchesFor(id) {
-			return errNotVouched
+	err := b.useProvider(ctx, s, id, func(c *client) (err error) {
+		saved, known := "", id.ProviderID != ""
+		if known {
+			saved, err = c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
 		}
-		saved, err := c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
-		if write && isNotFound(err) {
+		if write && (!known || isNotFound(err)) {
+			if !c.config.vouchesFor(id) {
+				return errNotVouched
+			}
 			saved, err = c.saveFederated(ctx, provider, providersPath, "", in, fixed)
 		}
 		if err == nil {
