@@ -3506,6 +3506,32 @@ func TestIdentityClock(t *testing.T) {
 	})
 }
 
+// TestIdentityRotationLate: a rotation that storage carries out after it has failed, and after a token was read with the
+// former key, counts at the latest when that is taken off.
+func TestIdentityRotationLate(t *testing.T) {
+	inKeylessBubble(t, func(t *testing.T, e *env) {
+		puts := 0
+		e.Storage.SetFault(func(verb, key string) error {
+			if verb+" "+key == "put config/identity" {
+				if puts++; puts == 2 {
+					return vaultsim.ErrHang
+				}
+			}
+			return nil
+		})
+		e.Fails("rotation", vaultsim.Failure(e.Write("config/identity/rotate", nil)), "storing config/identity")
+		e.lease("app")
+		id, err := getIdentity(t.Context(), e.Storage)
+		e.NoError(err)
+		id.Former, id.FormerUntil = id.Key.jwk, time.Now().Add(maxTokenLife+requestTimeout)
+		id.Key, id.Next = id.Next, nil
+		e.NoError(putJSON(t.Context(), e.Storage, identityPath, id)) // now it is carried out
+		e.Run(2 * time.Hour)
+		same(t, "keys", e.sim.KeyIDs(), []any{id.Key.KeyID})
+		e.lease("app")
+	})
+}
+
 // TestIdentityClockBehind: a clock that is behind as much as credentials allow keeps no rotation from its proof.
 func TestIdentityClockBehind(t *testing.T) {
 	inKeylessBubble(t, func(t *testing.T, e *env) {

@@ -818,6 +818,7 @@ func (b *backend) withdrawFormer(ctx context.Context, s logical.Storage) {
 	}
 	if err == nil || errors.Is(err, errOperator) { // then he has to: jwks lacks the key from now on
 		b.Logger().Info("the former signing key is not needed any more", "key_id", id.Former.KeyID, "error", err)
+		b.invalidate(ctx, identityPath) // storage may have carried the rotation out late, after a token was read
 		id.Former, id.FormerUntil = jwk{}, time.Time{}
 		err = putJSON(ctx, s, identityPath, id)
 	}
