@@ -1906,6 +1906,32 @@ func TestCredsOlderPlugin(t *testing.T) {
 	})
 }
 
+// TestConfigPendingElsewhere: who may write config, but does not know the admin key, has an endpoint of his own say that
+// another's key is his, rotates, and lets the deletion fail: that key is not deleted once config is as it was.
+func TestConfigPendingElsewhere(t *testing.T) {
+	inBubble(t, func(t *testing.T, e *env) {
+		_, other := e.sim.AddAdminKey("other")
+		e.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
+			body := `{"id":"key_new","value":"sk-admin-new","redacted_value":"sk-a..new"}`
+			switch {
+			case req.URL.Host != "thief.example":
+				return send()
+			case req.Method == "DELETE":
+				body = "{}"
+			case strings.HasSuffix(req.URL.Path, other):
+				body = `{"id":"` + other + `","redacted_value":"sk-a..thief"}`
+			}
+			return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(body)), Request: req}, nil
+		})
+		e.OK("config", fields{"admin_api_key": "sk-admin-thief", "admin_api_key_id": other,
+			"api_endpoint": "https://thief.example/v1"})
+		e.Warned("rotation", e.OK("config/rotate", nil), 1, other)
+		e.Warned("config again", e.configure(fields{"api_endpoint": defaultEndpoint}), 2, "key_new", other)
+		e.Tick()
+		same(t, "the other key is there", e.sim.HasAdminKey("other"), true)
+	})
+}
+
 // replacedKey leaves a replaced admin key for later. processed: it is gone at OpenAI.
 func (e *env) replacedKey(processed bool) {
 	e.sim.Inject(fault{Method: "DELETE", Path: "admin_api_keys", Process: processed, Kind: "close", Times: -1})

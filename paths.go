@@ -224,12 +224,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 			b.Logger().Warn(text)
 		}
 	}
-	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
-		resp.AddWarning("organization_id has changed: until it is back, leases of the former one can't be revoked, " +
-			"nor its keys of static roles deleted")
-		b.warnOfKeys(resp, was)
-		cfg.PendingDeletion = nil // ids of the former organization
-	}
+	b.forgetElsewhere(resp, was, &cfg)
 	if next, end := cfg.nextRotation(time.Now()), cfg.AdminKeyExpires; !end.IsZero() &&
 		(next.IsZero() || next.After(end)) {
 		resp.AddWarning("the admin API key expires at " + formatTime(end) +
@@ -250,6 +245,20 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 	b.report(ctx, req, "config-write", nil, "admin_api_key_id", cfg.AdminAPIKeyID,
 		"organization_id", cfg.OrganizationID, "rotation_manager", cfg.RotationManager)
 	return resp, nil
+}
+
+// forgetElsewhere warns of what a change from was to cfg leaves behind in another organization, and takes off cfg the
+// ids of replaced keys there. Those that another endpoint told are forgotten too: it may have been that of somebody who
+// does not know the admin key, and has not got to decide what that deletes.
+func (b *backend) forgetElsewhere(resp *logical.Response, was, cfg *config) {
+	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
+		resp.AddWarning("organization_id has changed: until it is back, leases of the former one can't be revoked, " +
+			"nor its keys of static roles deleted")
+	}
+	if cfg.OrganizationID != was.OrganizationID || cfg.APIEndpoint != cmp.Or(was.APIEndpoint, defaultEndpoint) {
+		b.warnOfKeys(resp, was)
+		cfg.PendingDeletion = nil
+	}
 }
 
 // verificationFailed says what to do about an error that proving the admin key met.
