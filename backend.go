@@ -401,11 +401,10 @@ type backend struct {
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from reading config to writing it.
 	configMu     sync.Mutex
-	staticLocks  []*locksutil.LockEntry // by role: held by whoever changes a static role or deletes its keys
+	roleLocks    []*locksutil.LockEntry // see lock
 	staticSought sync.Map               // when names in Creating of static roles were last looked for
 	retries      sync.Map               // of type backoff: scheduled rotations that failed, by the key's storage entry
 
-	roleMu sync.Mutex // held while a role is compared with what is stored, and written
 	// identityMu is held by whoever changes the identity or what OpenAI has of it: the provider and its rules.
 	identityMu sync.Mutex
 	signerMu   sync.Mutex
@@ -441,7 +440,7 @@ func Factory(ctx context.Context, conf *logical.BackendConfig) (logical.Backend,
 
 func newBackend(transport http.RoundTripper, mountID string) *backend {
 	b := &backend{mountID: mountID, transport: transport, throttle: newThrottle(), metrics: newMetrics()}
-	b.staticLocks = locksutil.CreateLocks()
+	b.roleLocks = locksutil.CreateLocks()
 	b.lost, b.nextPass = map[string]lease{}, time.Now().Add(firstPass)
 	b.enterprise = sync.OnceValue(func() bool {
 		env, err := b.System().PluginEnv(context.Background())
@@ -532,6 +531,14 @@ func (b *backend) invalidate(_ context.Context, key string) {
 		defer b.signerMu.Unlock()
 		b.signer = nil
 	}
+}
+
+// lock returns the lock of a role's or static role's storage entry, which it locks. Whoever changes the role, or deletes
+// the keys of a static one, holds it from reading the entry to writing it.
+func (b *backend) lock(entry string) *locksutil.LockEntry {
+	lock := locksutil.LockForKey(b.roleLocks, entry)
+	lock.Lock()
+	return lock
 }
 
 // setClient makes c the client of later calls; nil: the next call makes one from the stored config.

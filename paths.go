@@ -14,7 +14,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -491,12 +490,11 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *fieldDa
 // already may have left there.
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	b.roleMu.Lock()
+	defer b.lock(rolePrefix + name).Unlock()
 	was, err := getRole(ctx, req.Storage, name)
 	if err == nil {
 		err = req.Storage.Delete(ctx, rolePrefix+name)
 	}
-	b.roleMu.Unlock()
 	if err != nil {
 		return nil, fmt.Errorf("deleting role %q: %w", name, err)
 	}
@@ -507,9 +505,8 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 	resp := &logical.Response{}
 	b.identityMu.Lock()
 	defer b.identityMu.Unlock()
-	now, err := getRole(ctx, req.Storage, name) // it may have been written again meanwhile
-	id, idErr := getIdentity(ctx, req.Storage)
-	if err = cmp.Or(err, idErr); err == nil && now == nil && id != nil && id.ProviderID != "" {
+	id, err := getIdentity(ctx, req.Storage)
+	if err == nil && id != nil && id.ProviderID != "" {
 		err = b.useProvider(ctx, req.Storage, id, func(c *client) error {
 			own := func(f federated) bool { return f.Name == b.ruleName(name) }
 			return c.deleteFederated(ctx, rule, rulesPath(id.ProviderID), "", own)
@@ -527,60 +524,38 @@ func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *field
 // roleWrite stores what the request names over what is there. Nothing is stored unless all of it is right, as OpenAI
 // sees it too. If OpenAI cannot be reached, the role is stored with a warning.
 func (b *backend) roleWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	for locked := false; ; {
-		was, err := getRole(ctx, req.Storage, name)
-		if err != nil {
-			return nil, err
-		}
-		next := *cmp.Or(was, newRole())
-		r := &next
-		if err := r.update(d); err != nil {
-			return logical.ErrorResponse(err.Error()), nil
-		}
-		if r.CredentialType == accessToken && !locked {
-			b.identityMu.Lock()
-			defer b.identityMu.Unlock()
-			locked = true
-			continue // another write may have come meanwhile
-		}
-		resp := &logical.Response{}
-		sample := nameData{RoleName: name, RandomSuffix: newSuffix("sample", time.Now()), ProjectID: r.ProjectID}
-		if _, err := renderName(r.ServiceAccountNameTemplate, sample); err != nil {
-			return logical.ErrorResponse("service_account_name_template %s", err), nil
-		}
-		if r.CredentialType == accessToken {
-			err = b.checkTokenRole(ctx, req.Storage, name, was, r, resp)
-		} else {
-			err = b.checkRole(ctx, req.Storage, "", r, resp)
-		}
-		if err != nil {
-			return answerError(err)
-		}
-		if limit := b.System().MaxLeaseTTL(); limit > 0 && r.MaxTTL > limit {
-			resp.AddWarning(fmt.Sprintf("max_ttl %s is more than the mount's maximum of %s", r.MaxTTL, limit))
-		}
-		// Another write may have come while OpenAI was asked: then what it stored is the base of this one.
-		stored, err := b.storeRole(ctx, req.Storage, name, was, r)
-		if err != nil {
-			return nil, err
-		}
-		if stored {
-			b.report(ctx, req, "role-write", nil, "name", name, "project_id", r.ProjectID)
-			return resp, nil
-		}
+	name, resp := d.Get("name").(string), &logical.Response{}
+	defer b.lock(rolePrefix + name).Unlock()
+	was, err := getRole(ctx, req.Storage, name)
+	if err != nil {
+		return nil, err
 	}
-}
-
-// storeRole stores r unless the stored role is not was any more; was nil: there was none.
-func (b *backend) storeRole(ctx context.Context, s logical.Storage, name string, was, r *role) (bool, error) {
-	b.roleMu.Lock()
-	defer b.roleMu.Unlock()
-	now, err := getRole(ctx, s, name)
-	if err != nil || !reflect.DeepEqual(now, was) {
-		return false, err
+	r := *cmp.Or(was, newRole())
+	if err := r.update(d); err != nil {
+		return logical.ErrorResponse(err.Error()), nil
 	}
-	return true, putJSON(ctx, s, rolePrefix+name, r)
+	sample := nameData{RoleName: name, RandomSuffix: newSuffix("sample", time.Now()), ProjectID: r.ProjectID}
+	if _, err := renderName(r.ServiceAccountNameTemplate, sample); err != nil {
+		return logical.ErrorResponse("service_account_name_template %s", err), nil
+	}
+	if r.CredentialType == accessToken {
+		b.identityMu.Lock()
+		defer b.identityMu.Unlock()
+		err = b.checkTokenRole(ctx, req.Storage, name, was, &r, resp)
+	} else {
+		err = b.checkRole(ctx, req.Storage, "", &r, resp)
+	}
+	if err != nil {
+		return answerError(err)
+	}
+	if limit := b.System().MaxLeaseTTL(); limit > 0 && r.MaxTTL > limit {
+		resp.AddWarning(fmt.Sprintf("max_ttl %s is more than the mount's maximum of %s", r.MaxTTL, limit))
+	}
+	if err := putJSON(ctx, req.Storage, rolePrefix+name, &r); err != nil {
+		return nil, err
+	}
+	b.report(ctx, req, "role-write", nil, "name", name, "project_id", r.ProjectID)
+	return resp, nil
 }
 
 // checkRole asks OpenAI about what the role names, in the organization if that is known, adds warnings and fills in the

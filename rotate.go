@@ -1095,9 +1095,7 @@ func (r *staticRole) update(d *fieldData) (*role, error) {
 // staticWrite makes a new key: for a rotation by hand, and for a write of the role unless that changes nothing.
 func (b *backend) staticWrite(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	name, byHand, resp := d.Get("name").(string), strings.HasPrefix(req.Path, "rotate-role/"), &logical.Response{}
-	lock := locksutil.LockForKey(b.staticLocks, name)
-	lock.Lock()
-	defer lock.Unlock()
+	defer b.lock(staticPrefix + name).Unlock()
 	r, err := getStatic(ctx, req.Storage, name)
 	if err != nil {
 		return nil, err
@@ -1133,9 +1131,7 @@ func (b *backend) staticWrite(ctx context.Context, req *logical.Request, d *fiel
 // that OpenAI still has are an error, since disabling the mount would forget them.
 func (b *backend) staticDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
 	name := d.Get("name").(string)
-	lock := locksutil.LockForKey(b.staticLocks, name)
-	lock.Lock()
-	defer lock.Unlock()
+	defer b.lock(staticPrefix + name).Unlock()
 	err := changeStatic(ctx, req.Storage, name, func(r *staticRole) error {
 		r.retire(0)
 		*r = staticRole{Former: r.Former, Creating: r.Creating}
@@ -1324,7 +1320,7 @@ func (b *backend) staticPeriodically(req *logical.Request) {
 func (b *backend) tendStatic(ctx context.Context, req *logical.Request, name string) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
-	lock := locksutil.LockForKey(b.staticLocks, name)
+	lock := locksutil.LockForKey(b.roleLocks, staticPrefix+name)
 	if !lock.TryLock() {
 		return
 	}
