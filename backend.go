@@ -395,8 +395,9 @@ type backend struct {
 	// enterprise tells whether Vault keeps observations and events. The community edition drops them.
 	enterprise func() bool
 
-	mu       sync.Mutex
-	client   *client      // of the stored config; nil until it is needed. Guarded by mu.
+	mu       sync.Mutex   // guards client and signer
+	client   *client      // of the stored config; nil until it is needed
+	signer   *signer      // of the stored identity; likewise
 	refusals atomic.Int32 // revocations in a row that were answered 401
 
 	// configMu is held by whoever changes config or makes or deletes admin keys, from reading config to writing it.
@@ -407,14 +408,13 @@ type backend struct {
 
 	// identityMu is held by whoever changes the identity or what OpenAI has of it: the provider and its rules.
 	identityMu sync.Mutex
-	signerMu   sync.Mutex
-	signer     *signer // of the stored identity; nil until it is needed. Guarded by signerMu.
 
 	lostMu sync.Mutex
 	lost   map[string]lease // creates of which OpenAI may have made something, or may yet, by name. Guarded by lostMu.
 
 	lifetime context.Context      // ends with Clean
 	lastPass atomic.Pointer[pass] // the last full pass of tidy that ended; nil: none
+	lastFull atomic.Int64         // Unix seconds of the end of the last one over all projects; 0: none
 	sweepMu  sync.Mutex           // held while sweep runs, and for good after Clean
 	seekMu   sync.Mutex           // likewise, for seekLost
 	passMu   sync.Mutex           // likewise, for a full pass of tidy; guards nextPass
@@ -520,15 +520,15 @@ func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request
 	return checked, exists, err
 }
 
-// invalidate drops what is made from a storage entry that has changed, here or on another node: the next call or token
-// makes it anew. Nothing else of storage is kept in memory.
+// invalidate drops what is made from a storage entry that has changed, or may have, here or on another node: the next
+// call or token makes it anew. Nothing else of storage is kept in memory.
 func (b *backend) invalidate(_ context.Context, key string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	switch key {
 	case configPath:
-		b.setClient(nil)
+		b.client = nil
 	case identityPath:
-		b.signerMu.Lock()
-		defer b.signerMu.Unlock()
 		b.signer = nil
 	}
 }
@@ -539,13 +539,6 @@ func (b *backend) lock(entry string) *locksutil.LockEntry {
 	lock := locksutil.LockForKey(b.roleLocks, entry)
 	lock.Lock()
 	return lock
-}
-
-// setClient makes c the client of later calls; nil: the next call makes one from the stored config.
-func (b *backend) setClient(c *client) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.client = c
 }
 
 // periodic is called by Vault about every minute, on every node. Its errors are only logged: Vault would drop them.
@@ -686,13 +679,6 @@ func (m *metrics) add(name string, n float64, labels ...string) {
 	m.series.add(name, n, labels...)
 }
 
-// set sets a gauge.
-func (m *metrics) set(name string, value float64) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.series[name] = map[string]float64{"": value}
-}
-
 // observe counts a request to OpenAI that took d.
 func (m *metrics) observe(operation string, d time.Duration) {
 	const name = "api_request_duration_seconds"
@@ -743,8 +729,7 @@ func (b *backend) gather(ctx context.Context, s logical.Storage) (series, error)
 		all.add("admin_keys_pending_deletion", float64(len(cfg.PendingDeletion)))
 		times["admin_key_last_rotation"], times["admin_key_expiry"] = cfg.LastRotatedTime, cfg.AdminKeyExpires
 		times["admin_key_next_rotation"] = cfg.nextRotation(now)
-	} else {
-		delete(all, "tidy_last_pass_timestamp_seconds") // there are no passes without it
+		times["tidy_last_pass"] = unixTime(b.lastFull.Load())
 	}
 	if id != nil {
 		times["signing_key_created"] = id.Key.Created

@@ -973,8 +973,8 @@ func (b *backend) newSigner(id *identity, k *signingKey) (*signer, error) {
 // getSigner returns the mount's signer, made from the stored identity, which must have a provider, where there is none
 // yet.
 func (b *backend) getSigner(ctx context.Context, s logical.Storage) (*signer, error) {
-	b.signerMu.Lock()
-	defer b.signerMu.Unlock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.signer != nil {
 		return b.signer, nil
 	}
@@ -1146,7 +1146,7 @@ func (b *backend) useClient(ctx context.Context, s logical.Storage, organization
 		if configErr != nil || cfg == nil || cfg.AdminAPIKey == c.config.AdminAPIKey {
 			return err
 		}
-		b.setClient(nil) // the next one is made from what config holds by then
+		b.invalidate(ctx, configPath) // the next one is made from what config holds by then
 	}
 }
 

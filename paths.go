@@ -236,7 +236,7 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 		resp.AddWarning("rotation_policy has no effect: Vault's rotation manager does not rotate this key")
 	}
 	err = putJSON(ctx, req.Storage, configPath, &cfg)
-	b.setClient(nil) // also after an error: it may have been stored
+	b.invalidate(ctx, configPath) // also after an error: it may have been stored
 	if err != nil {
 		return nil, errors.Join(err, b.reregister(ctx, req))
 	}
@@ -371,7 +371,7 @@ func (b *backend) configDelete(ctx context.Context, req *logical.Request, _ *fie
 		return nil, err
 	}
 	err = req.Storage.Delete(ctx, configPath)
-	b.setClient(nil)
+	b.invalidate(ctx, configPath)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("deleting config: %w", err), b.reregister(ctx, req))
 	}
@@ -1364,7 +1364,7 @@ func (b *backend) tidy(ctx context.Context, s logical.Storage, p *pass, ids []st
 	}
 	if p.mountID == b.mountID && !p.dryRun && len(ids) == 0 {
 		b.metrics.add("tidy_passes_total", 1, "result", result(err))
-		b.metrics.set("tidy_last_pass_timestamp_seconds", float64(p.finished.Unix()))
+		b.lastFull.Store(p.finished.Unix())
 	}
 	b.Logger().Info("tidy has ended", "mount_id", p.mountID, "projects", p.projects, "found", p.found,
 		"deleted", p.deleted)

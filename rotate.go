@@ -292,11 +292,11 @@ func (b *backend) rotate(ctx context.Context, req *logical.Request, trigger stri
 	if err != nil { // seekCreating deletes it: a 404 now might mean that OpenAI does not know it yet
 		return nil, fmt.Errorf("proving the new admin API key: %w", err)
 	}
-	if err := putJSON(ctx, s, configPath, &after); err != nil {
-		b.setClient(nil) // whether it was stored is not known: seekCreating spares the key that config holds
+	err = putJSON(ctx, s, configPath, &after)
+	b.invalidate(ctx, configPath) // also after an error: it may have been stored
+	if err != nil {               // seekCreating spares the key that config holds
 		return nil, err
 	}
-	b.setClient(next)
 	b.retries.Delete(configPath)
 	b.deletePending(ctx, s, &after, next)
 	return &after, nil
