@@ -74,7 +74,7 @@ type config struct {
 	// plugin's entries.
 	RotationManager string        `json:"rotation_manager,omitempty"`
 	Rotated         bool          `json:"rotated,omitempty"`          // a rotation of this mount made the key
-	PendingDeletion []string      `json:"pending_deletion,omitempty"` // ids of replaced keys that OpenAI still has
+	PendingDeletion []string      `json:"pending_deletion,omitempty"` // ids of keys to be deleted at OpenAI
 	Creating        []creatingKey `json:"creating,omitempty"`         // begun by rotations; OpenAI may have them or not
 	AdminKeyTTL     time.Duration `json:"admin_key_ttl,omitempty"`    // of keys that rotation makes; 0: without end
 	AdminKeyExpires time.Time     `json:"admin_key_expires,omitzero"` // at OpenAI; zero: never, or not known
@@ -85,10 +85,11 @@ type config struct {
 	ClientKey         string `json:"client_key,omitempty"`
 }
 
-// creatingKey is an admin key that is stored before OpenAI is asked to make it.
+// creatingKey is an admin key, or a key of a static role, that is stored before OpenAI is asked to make it.
 type creatingKey struct {
 	Name           string    `json:"name"`
 	OrganizationID string    `json:"organization_id"`
+	ProjectID      string    `json:"project_id,omitempty"` // of a static role's key
 	Since          time.Time `json:"since"`
 }
 
@@ -172,10 +173,10 @@ type staticRole struct {
 	ServiceAccountID string   `json:"service_account_id"`
 	Scopes           []string `json:"scopes,omitempty"`
 	schedule
-	Overlap  time.Duration    `json:"overlap"` // how long a replaced key lives on
-	Key      staticKey        `json:"key"`
-	Former   []staticKey      `json:"former,omitempty"`   // replaced keys
-	Creating []staticCreating `json:"creating,omitempty"` // of which it is not known whether OpenAI made them
+	Overlap  time.Duration `json:"overlap"` // how long a replaced key lives on
+	Key      staticKey     `json:"key"`
+	Former   []staticKey   `json:"former,omitempty"`   // replaced keys
+	Creating []creatingKey `json:"creating,omitempty"` // of which it is not known whether OpenAI made them
 }
 
 type staticKey struct {
@@ -183,11 +184,6 @@ type staticKey struct {
 	Value   string    `json:"value,omitempty"`  // empty when it is replaced
 	Expires time.Time `json:"expires,omitzero"` // at OpenAI; zero: never
 	Until   time.Time `json:"until,omitzero"`   // when it is deleted, once it is replaced
-}
-
-type staticCreating struct {
-	creatingKey
-	ProjectID string `json:"project_id"`
 }
 
 // Where the entries are, and defaults of what is in them.
@@ -623,7 +619,7 @@ var families = []family{
 	{"admin_key_last_rotation_timestamp_seconds", "gauge", "When the admin API key was written or rotated.", ""},
 	{"admin_key_next_rotation_timestamp_seconds", "gauge", "When the admin API key is due; absent: never.", ""},
 	{"admin_key_expiry_timestamp_seconds", "gauge", "When the admin API key expires at OpenAI; absent: never.", ""},
-	{"admin_keys_pending_deletion", "gauge", "Replaced admin API keys still to be deleted at OpenAI.", ""},
+	{"admin_keys_pending_deletion", "gauge", "Admin API keys still to be deleted at OpenAI.", ""},
 	{"static_rotations_total", "counter", "Rotations of static roles' keys.", "role, result"},
 	{"static_key_last_rotation_timestamp_seconds", "gauge", "When a static role's key was made.", "role"},
 	{"static_rotations_overdue", "gauge", "Static roles whose rotation is overdue by two minutes or more.", ""},

@@ -750,7 +750,7 @@ func TestConfigForgets(t *testing.T) {
 	e.configure(nil)
 	cfg := e.config()
 	cfg.PendingDeletion = []string{"key_one", "key_two"}
-	cfg.Creating = []creatingKey{{"vault-admin-a", "org-sim", time.Now()}, {"vault-admin-b", "org-b", time.Now()}}
+	cfg.Creating = []creatingKey{{"vault-admin-a", "org-sim", "", time.Now()}, {"vault-admin-b", "org-b", "", time.Now()}}
 	stored, _ := json.Marshal(cfg)
 	names := []string{"key_one, key_two", "vault-admin-a, vault-admin-b"}
 	e.Storage.Set("config", string(stored))
@@ -4063,8 +4063,8 @@ func TestStaticLimit(t *testing.T) {
 		same(e.t, "former keys", len(e.stored().Former), 0)
 		e.OK("static-roles/gw", fields{"overlap": "1h"})
 		e.NoError(changeStatic(t.Context(), e.Storage, "gw", func(r *staticRole) error {
-			lost := staticCreating{creatingKey{"x", "org-former", time.Now()}, ours}
-			r.Creating = slices.Repeat([]staticCreating{lost}, maxCreating)
+			lost := creatingKey{"x", "org-former", ours, time.Now()}
+			r.Creating = slices.Repeat([]creatingKey{lost}, maxCreating)
 			return nil
 		}))
 		e.Refused("rotate-role/gw", nil, "50 lost")

@@ -151,7 +151,7 @@ func pathConfig(b *backend) []*framework.Path {
 	shown["last_rotated"] = required(text, "When the key was written or rotated (RFC 3339, UTC).")
 	shown["next_rotation"] = required(text, "When the key is due next (RFC 3339, UTC); empty: never.")
 	shown["rotation_manager"] = required(text, "Who rotates on schedule: vault, plugin or none.")
-	shown["pending_deletion"] = required(texts, "IDs of replaced admin keys still to be deleted at OpenAI.")
+	shown["pending_deletion"] = required(texts, "IDs of admin keys still to be deleted at OpenAI.")
 	shown["creating"] = required(texts, "Names of admin keys that a rotation began to make and that OpenAI may have.")
 	shown["mount_id"] = required(text, "The tag in the names of what this mount makes at OpenAI.")
 	write := forwarded(operation(b.configWrite, "configure", "", "Configure the admin API key and its rotation.", nil))

@@ -309,7 +309,7 @@ func (b *backend) makeAdminKey(ctx context.Context, s logical.Storage, cfg *conf
 		return nil, fmt.Errorf("no more than %d admin keys are looked for at once whose creation failed", maxCreating)
 	}
 	name := "vault-admin-" + strings.ToLower(rand.Text()[:20])
-	cfg.Creating = append(cfg.Creating, creatingKey{name, cfg.OrganizationID, time.Now()})
+	cfg.Creating = append(cfg.Creating, creatingKey{name, cfg.OrganizationID, "", time.Now()})
 	if err := putJSON(ctx, s, configPath, cfg); err != nil {
 		return nil, err
 	}
@@ -343,16 +343,16 @@ func notAccepted(err error) bool {
 	return isStatus(err, http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound)
 }
 
-// deletePending deletes the replaced admin keys that OpenAI still has and takes them off cfg's list. What fails stays
-// on it for the next time. The caller holds configMu.
+// deletePending deletes the admin keys that are replaced, or were never put to use, and takes them off cfg's list. What
+// fails stays on it for the next time. The caller holds configMu.
 func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *config, c *client) {
 	var left []string
 	for _, id := range cfg.PendingDeletion {
 		if id == cfg.AdminAPIKeyID {
-			continue // an operator has put it to use again
+			continue // config holds it after all
 		}
 		if err := c.deleteAdminKey(ctx, id); err != nil {
-			b.Logger().Warn("deleting a replaced admin API key failed, will be tried again", "id", id, "error", err)
+			b.Logger().Warn("deleting an admin API key failed, will be tried again", "id", id, "error", err)
 			left = append(left, id)
 		}
 	}
@@ -361,7 +361,7 @@ func (b *backend) deletePending(ctx context.Context, s logical.Storage, cfg *con
 	}
 	cfg.PendingDeletion = left
 	if err := putJSON(ctx, s, configPath, cfg); err != nil {
-		b.Logger().Warn("replaced admin API keys are deleted, but config still lists them", "error", err)
+		b.Logger().Warn("admin API keys are deleted, but config still lists them", "error", err)
 	}
 }
 
@@ -374,9 +374,9 @@ func (cfg *config) creatingNames() []string {
 	return names
 }
 
-// seekCreating deletes the admin keys that a rotation began to make, unless config holds them, and takes off cfg's list
-// what was found. What is not found stays on it for lostTime, by OpenAI's clock, since OpenAI may carry it out late.
-// The caller holds configMu.
+// seekCreating looks for the admin keys that a rotation began to make. What is found goes on the list of those to be
+// deleted. What is not found stays in Creating for lostTime, by OpenAI's clock, since OpenAI may carry it out late. The
+// caller holds configMu.
 func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *config, c *client) error {
 	var due []string // names, but none of another organization, nor of a rotation that may be under way on another node
 	for _, k := range cfg.Creating {
@@ -388,30 +388,28 @@ func (b *backend) seekCreating(ctx context.Context, s logical.Storage, cfg *conf
 	if len(due) == 0 {
 		return nil
 	}
-	found := map[string]bool{}
+	var found []string
 	keys, now, err := c.adminKeysWhere(ctx, func(k adminKey) bool { return slices.Contains(due, k.Name) })
 	if err != nil {
 		return fmt.Errorf("looking for admin API keys that a rotation began to make: %w", err)
 	}
 	for _, k := range keys {
-		if k.ID != cfg.AdminAPIKeyID {
-			if deleteErr := c.deleteAdminKey(ctx, k.ID); deleteErr != nil {
-				err = errors.Join(err, fmt.Errorf("deleting admin API key %q: %w", k.ID, deleteErr))
-				now = time.Time{} // nothing is given up meanwhile
-				continue
-			}
-			b.Logger().Info("deleted an admin API key that was never put to use", "admin_api_key_id", k.ID)
-		}
-		found[k.Name] = true
+		found = append(found, k.Name)
+		cfg.PendingDeletion = append(cfg.PendingDeletion, k.ID)
 	}
 	left := slices.DeleteFunc(slices.Clone(cfg.Creating), func(k creatingKey) bool {
-		return k.OrganizationID == cfg.OrganizationID && (found[k.Name] || k.Since.Add(lostTime).Before(now))
+		gone := slices.Contains(found, k.Name) || k.Since.Add(lostTime).Before(now)
+		return k.OrganizationID == cfg.OrganizationID && gone
 	})
-	if len(left) < len(cfg.Creating) {
-		cfg.Creating = left
-		err = errors.Join(err, putJSON(ctx, s, configPath, cfg))
+	if len(left) == len(cfg.Creating) {
+		return nil
 	}
-	return err
+	cfg.Creating = left
+	if err := putJSON(ctx, s, configPath, cfg); err != nil {
+		return err
+	}
+	b.deletePending(ctx, s, cfg, c)
+	return nil
 }
 
 // rotatePeriodically is the part of periodic that is about the admin key: what is left of earlier rotations, and a
@@ -950,7 +948,7 @@ func (r *staticRole) retire(overlap time.Duration) {
 // forget takes a name off Creating, and tells whether it was there.
 func (r *staticRole) forget(name string) bool {
 	n := len(r.Creating)
-	r.Creating = slices.DeleteFunc(r.Creating, func(k staticCreating) bool { return k.Name == name })
+	r.Creating = slices.DeleteFunc(r.Creating, func(k creatingKey) bool { return k.Name == name })
 	return len(r.Creating) < n
 }
 
@@ -1176,7 +1174,7 @@ func (b *backend) beginStatic(ctx context.Context, s logical.Storage, l *lease, 
 		if next.Overlap > 0 && full || len(r.Creating) >= maxLost {
 			return errStaticLimit
 		}
-		r.Creating = append(r.Creating, staticCreating{creatingKey{l.Name, l.OrganizationID, now}, l.ProjectID})
+		r.Creating = append(r.Creating, creatingKey{l.Name, l.OrganizationID, l.ProjectID, now})
 		return nil
 	})
 }
@@ -1230,7 +1228,7 @@ func (b *backend) rotateStatic(ctx context.Context, req *logical.Request, name s
 
 // seekStatic looks for a key that a rotation began to make. One that is found becomes a former key whose time has come.
 // What is not found stays for lostTime, by OpenAI's clock, since OpenAI may carry it out late.
-func (b *backend) seekStatic(ctx context.Context, s logical.Storage, name string, k staticCreating) error {
+func (b *backend) seekStatic(ctx context.Context, s logical.Storage, name string, k creatingKey) error {
 	var found []lease
 	var now time.Time
 	err := b.useClient(ctx, s, k.OrganizationID, func(c *client) (err error) {
