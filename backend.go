@@ -29,7 +29,6 @@ import (
 	"github.com/hashicorp/vault/sdk/framework"
 	"github.com/hashicorp/vault/sdk/helper/automatedrotationutil"
 	"github.com/hashicorp/vault/sdk/helper/consts"
-	"github.com/hashicorp/vault/sdk/helper/errutil"
 	"github.com/hashicorp/vault/sdk/helper/locksutil"
 	"github.com/hashicorp/vault/sdk/logical"
 )
@@ -506,14 +505,12 @@ func (b *backend) HandleRequest(ctx context.Context, req *logical.Request) (resp
 	return resp, err
 }
 
-// HandleExistenceCheck leaves a value of the wrong type for HandleRequest to refuse: the framework's own error would
-// quote it.
+// HandleExistenceCheck asks without the values, which exists does not need: the framework would quote one of the wrong
+// type in its error. HandleRequest refuses that.
 func (b *backend) HandleExistenceCheck(ctx context.Context, req *logical.Request) (checked, exists bool, err error) {
-	checked, exists, err = b.Backend.HandleExistenceCheck(ctx, req)
-	if _, invalid := errors.AsType[errutil.UserError](err); invalid {
-		return true, true, nil
-	}
-	return checked, exists, err
+	bare := *req
+	bare.Data = nil
+	return b.Backend.HandleExistenceCheck(ctx, &bare)
 }
 
 // invalidate drops what is made from a storage entry that has changed, or may have, here or on another node: the next
