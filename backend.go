@@ -526,8 +526,8 @@ func (b *backend) invalidate(_ context.Context, key string) {
 	}
 }
 
-// lock returns the lock of a role's or static role's storage entry, which it locks. Whoever changes the role, or deletes
-// the keys of a static one, holds it from reading the entry to writing it.
+// lock locks the storage entry of a role or static role, and returns the lock. Whoever changes the role, or deletes the
+// keys of a static one, holds it from reading the entry to writing it.
 func (b *backend) lock(entry string) *locksutil.LockEntry {
 	lock := locksutil.LockForKey(b.roleLocks, entry)
 	lock.Lock()

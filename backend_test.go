@@ -750,7 +750,8 @@ func TestConfigForgets(t *testing.T) {
 	e.configure(nil)
 	cfg := e.config()
 	cfg.PendingDeletion = []string{"key_one", "key_two"}
-	cfg.Creating = []creatingKey{{"vault-admin-a", "org-sim", "", time.Now()}, {"vault-admin-b", "org-b", "", time.Now()}}
+	cfg.Creating = []creatingKey{{"vault-admin-a", "org-sim", "", time.Now()},
+		{"vault-admin-b", "org-b", "", time.Now()}}
 	stored, _ := json.Marshal(cfg)
 	names := []string{"key_one, key_two", "vault-admin-a, vault-admin-b"}
 	e.Storage.Set("config", string(stored))
