@@ -2124,6 +2124,28 @@ func TestClientReal(t *testing.T) {
 	e.Fails("creds", err, "larger than 1 MiB")
 }
 
+// TestClientSwitch: an answer by which the server goes over to another protocol does not hold a call, with its locks, for
+// as long as the server keeps the connection.
+func TestClientSwitch(t *testing.T) {
+	release := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+			<-release
+			_ = conn.Close()
+		}
+	}))
+	defer server.Close()
+	end := sync.OnceFunc(func() { close(release) })
+	defer end()
+	held := time.AfterFunc(attemptTimeout+5*time.Second, end)
+	c := newBackend(newTransport(), "abc234").newClient(&config{APIEndpoint: server.URL})
+	_, err := c.getProject(t.Context(), ours)
+	failIf(t, !isStatus(err, http.StatusSwitchingProtocols), "got error %v, want the status", err)
+	failIf(t, !held.Stop(), "the call took longer than %s", attemptTimeout)
+}
+
 // overNetwork makes a mount's calls go over the network, through a proxy unless that is nil. A role "web" is there.
 func (e *env) overNetwork(proxy *url.URL) {
 	transport := newTransport()

@@ -466,7 +466,10 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	} else {
 		l.passed()
 	}
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	var raw []byte
+	if resp.StatusCode != http.StatusSwitchingProtocols { // what follows that is not ended by ctx
+		raw, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	}
 	if err != nil {
 		return c.noAnswer(err, true)
 	}
