@@ -6,14 +6,20 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"math"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -2196,6 +2202,34 @@ func TestClientTLS(t *testing.T) {
 		"an error, config or the log shows the key")
 	f := e.b().Route("config").Fields["client_key"]
 	failIf(t, f.Required || !f.DisplayAttrs.Sensitive, "client_key is required, or not marked as a secret")
+}
+
+// TestClientHugeKey: a key or certificate with which Go computes for long is refused before it does. The certificate
+// would do so when a server shows one that it signed, after the request has ended.
+func TestClientHugeKey(t *testing.T) {
+	n := new(big.Int).Lsh(big.NewInt(1), 1<<20)
+	n.Sub(n, big.NewInt(1))
+	der, err := asn1.Marshal(struct {
+		Version, N, E, D, P, Q, Dp, Dq, Qinv *big.Int
+	}{new(big.Int), n, big.NewInt(65537), n, n, n, n, n, n})
+	failIf(t, err != nil, "making a key: %v", err)
+	certificate, key := vaultsim.NewCertificate(t)
+	huge := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: der})
+	pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
+	failIf(t, err != nil, "reading a certificate: %v", err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err = x509.CreateCertificate(nil, template, template, &rsa.PublicKey{N: n, E: 65537}, pair.PrivateKey)
+	failIf(t, err != nil, "making a certificate: %v", err)
+	authority := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	for name, cfg := range map[string]config{
+		"client_key":     {ClientCertificate: certificate, ClientKey: string(huge)},
+		"ca_certificate": {CACertificate: authority},
+	} {
+		start := time.Now()
+		_, err := cfg.tlsConfig()
+		failIf(t, err == nil || !strings.Contains(err.Error(), "at most"), "%s: got error %v", name, err)
+		failIf(t, time.Since(start) > 3*time.Second, "%s: it took %s", name, time.Since(start))
+	}
 }
 
 // TestClientNothingSent: a call that did not get through proxy or TLS handshake was not sent: it is made again, nothing

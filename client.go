@@ -1053,6 +1053,10 @@ func (s *signer) exchange(ctx context.Context, subject, accountID string, ttl ti
 	return t, err
 }
 
+// maxKeySize bounds a certificate or key, in bytes: with an RSA key of a million bits Go computes for minutes, whatever
+// becomes of the request. One process serves all mounts.
+const maxKeySize = 16 << 10
+
 // tlsConfig returns the TLS settings of cfg; nil: those of the mount's own transport. Its error names the field.
 func (cfg *config) tlsConfig() (*tls.Config, error) {
 	if cfg.CACertificate == "" && cfg.ClientCertificate == "" && cfg.ClientKey == "" {
@@ -1060,6 +1064,9 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 	}
 	if strings.Contains(cfg.CACertificate+cfg.ClientCertificate, "PRIVATE KEY") { // reading config shows them
 		return nil, errors.New("ca_certificate and client_certificate must not hold a key: it belongs in client_key")
+	}
+	if len(cfg.ClientKey) > maxKeySize {
+		return nil, fmt.Errorf("client_key must be at most %d bytes", maxKeySize)
 	}
 	settings := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cfg.CACertificate != "" {
@@ -1069,13 +1076,13 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 		}
 		count := 0
 		for block, rest := pem.Decode([]byte(cfg.CACertificate)); block != nil; block, rest = pem.Decode(rest) {
-			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil {
+			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil && len(block.Bytes) <= maxKeySize {
 				settings.RootCAs.AddCert(certificate)
 				count++
 			}
 		}
 		if count == 0 || count != strings.Count(cfg.CACertificate, "-----BEGIN") {
-			return nil, errors.New("ca_certificate must be certificates in PEM")
+			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, each of at most %d bytes", maxKeySize)
 		}
 	}
 	if cfg.ClientCertificate != "" || cfg.ClientKey != "" {
