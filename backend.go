@@ -257,9 +257,13 @@ func getConfig(ctx context.Context, s logical.Storage) (*config, error) {
 	return cfg, err
 }
 
-// getIdentity reads the identity; nil when there is none.
+// getIdentity reads the identity; nil when there is none, or one without a key.
 func getIdentity(ctx context.Context, s logical.Storage) (*identity, error) {
-	return getJSON(ctx, s, identityPath, &identity{})
+	id, err := getJSON(ctx, s, identityPath, &identity{})
+	if id == nil || id.Key == nil {
+		return nil, err
+	}
+	return id, err
 }
 
 // newRole returns a role with the defaults; its TTL depends on MaxTTL, see update.

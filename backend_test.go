@@ -3496,6 +3496,25 @@ func TestIdentityFaults(t *testing.T) {
 	}
 }
 
+// TestIdentityWithoutKey: an entry without a key, which nobody writes, is no identity, and ends no process: a write makes
+// a new one.
+func TestIdentityWithoutKey(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.keyless()
+	for _, entry := range []string{`null`, `{}`, `{"key":null,"identity_provider_id":"idp_1"}`} {
+		e.Storage.Set(identityPath, entry)
+		e.b().invalidate(t.Context(), identityPath)
+		e.Get("metrics")
+		same(t, "identity", e.Get("config/identity"), (*logical.Response)(nil))
+		e.Tick()
+		_, err := e.Issue("creds/app", nil)
+		e.Fails("creds", err, "write config/identity")
+		e.Refused("config/identity/rotate", nil, "write config/identity")
+		e.OK("config/identity", nil)
+		e.lease("app")
+	}
+}
+
 // TestIdentityRotation: tokens are handed out all the time while a new key takes ten seconds to count at OpenAI. The
 // former key is taken off when none of its tokens can live, whatever a tick meets meanwhile.
 func TestIdentityRotation(t *testing.T) {
