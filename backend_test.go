@@ -2204,6 +2204,22 @@ func TestClientTLS(t *testing.T) {
 	failIf(t, f.Required || !f.DisplayAttrs.Sensitive, "client_key is required, or not marked as a secret")
 }
 
+// TestClientEndlessList: a list without end, all of whose entries match, is given up before it fills memory.
+func TestClientEndlessList(t *testing.T) {
+	e := newConfiguredEnv(t)
+	page := strings.Repeat(`{"id":"key_x","redacted_value":"s.c"},`, 20_000)
+	pages := 0
+	e.Wire.SetFault(func(req *http.Request, _ vaultsim.Send) (*http.Response, error) {
+		pages++
+		body := fmt.Sprintf(`{"data":[%s{}],"has_more":%v,"last_id":"key_%d"}`, page, pages < 100, pages)
+		return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(body)), Request: req}, nil
+	})
+	c := e.b().newClient(&config{AdminAPIKey: "sk-abc"})
+	_, err := c.ownKey(t.Context())
+	failIf(t, !isStatus(err, 200), "a list of 100 full pages: got error %v, want that it can't be used", err)
+	failIf(t, pages > 2*maxFound/len(page), "%d pages were read", pages)
+}
+
 // TestClientHugeKey: a key or certificate with which Go computes for long is refused before it does. The certificate
 // would do so when a server shows one that it signed, after the request has ended.
 func TestClientHugeKey(t *testing.T) {

@@ -45,6 +45,7 @@ const (
 	maxBackoff   = 8 * time.Second
 	maxPause     = 60 * time.Second       // longest wait that a Retry-After can ask for
 	maxAnswer    = 1 << 20                // bytes of an answer that are read
+	maxFound     = 32 << 20               // bytes of a list that are kept: some 50,000 entries
 	maxCalls     = 64                     // of one throttle at once; Vault sends up to 200 revocations together
 	firstCalls   = 16                     // calls of an endpoint at once until it has answered some
 	minInterval  = 15 * time.Millisecond  // between attempts after a first refusal
@@ -590,9 +591,9 @@ func ask[T any](ctx context.Context, c *client, op call, valid func(*T) bool) (*
 func listAll[T any](ctx context.Context, c *client, name, path string, query url.Values, match func(T) bool) (
 	found []T, now time.Time, err error) {
 	query.Set("limit", "100")
-	for {
+	for size := 0; ; {
 		var page struct {
-			Data    []T
+			Data    []json.RawMessage
 			HasMore bool   `json:"has_more"`
 			LastID  string `json:"last_id"`
 		}
@@ -604,9 +605,13 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 		if page.Data == nil || page.HasMore && (page.LastID == "" || page.LastID == query.Get("after")) {
 			return nil, time.Time{}, invalid(name)
 		}
-		for _, entry := range page.Data {
+		for _, raw := range page.Data {
+			var entry T
+			if json.Unmarshal(raw, &entry) != nil || size > maxFound {
+				return nil, time.Time{}, invalid(name)
+			}
 			if match(entry) {
-				found = append(found, entry)
+				found, size = append(found, entry), size+len(raw)
 			}
 		}
 		if !page.HasMore {
