@@ -280,10 +280,10 @@ func getRole(ctx context.Context, s logical.Storage, name string) (*role, error)
 	if err != nil || r == nil {
 		return nil, err
 	}
-	if r.MaxTTL <= 0 {
+	if r.MaxTTL = min(r.MaxTTL, maxKeyLife); r.MaxTTL <= 0 { // an older entry may have more
 		r.MaxTTL = defaultMaxTTL
 	}
-	if r.TTL <= 0 {
+	if r.TTL = min(r.TTL, r.MaxTTL); r.TTL <= 0 {
 		r.TTL = min(defaultTTL, r.MaxTTL)
 	}
 	return r, nil

@@ -1768,6 +1768,18 @@ func TestCredsRevokeHandedOver(t *testing.T) {
 	}
 }
 
+// TestCredsOlderMaxTTL: a role of the older plugin with a max_ttl that can't be written any more hands out credentials
+// that tidy knows.
+func TestCredsOlderMaxTTL(t *testing.T) {
+	e := newConfiguredEnv(t)
+	for _, maxTTL := range []int64{int64(100 * maxKeyLife), math.MaxInt64} {
+		e.Storage.Set("roles/old", fmt.Sprintf(`{"project_id":"proj_sim","ttl":%d,"max_ttl":%[1]d}`, maxTTL))
+		l := e.MustIssue("creds/old")
+		_, end, ok := parseName(fmt.Sprint(l.Data["service_account"]))
+		failIf(t, !ok || end.After(time.Now().Add(maxKeyLife+time.Hour)), "max_ttl %d: got end %s, %v", maxTTL, end, ok)
+	}
+}
+
 // TestCredsRevokeStorageFault: where the failure can't be remembered Vault is told of both, and keeps the lease. When
 // it has given up, tidy deletes the account after the end in its name.
 func TestCredsRevokeStorageFault(t *testing.T) {
