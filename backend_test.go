@@ -2142,8 +2142,8 @@ func TestClientReal(t *testing.T) {
 	e.Fails("creds", err, "larger than 1 MiB")
 }
 
-// TestClientSwitch: an answer by which the server goes over to another protocol does not hold a call, with its locks, for
-// as long as the server keeps the connection.
+// TestClientSwitch: an answer by which the server goes over to another protocol does not hold a call, with its locks,
+// for as long as the server keeps the connection.
 func TestClientSwitch(t *testing.T) {
 	release := make(chan struct{})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -3524,8 +3524,8 @@ func TestIdentityFaults(t *testing.T) {
 	}
 }
 
-// TestIdentityWithoutKey: an entry without a key, which nobody writes, is no identity, and ends no process: a write makes
-// a new one.
+// TestIdentityWithoutKey: an entry without a key, which nobody writes, is no identity, and ends no process: a write
+// makes a new one.
 func TestIdentityWithoutKey(t *testing.T) {
 	e := newConfiguredEnv(t)
 	e.keyless()
