@@ -415,6 +415,28 @@ func (op call) retryable(err error) bool {
 		e.Status == http.StatusRequestTimeout || e.Status == http.StatusConflict)
 }
 
+// request makes the HTTP request of a call.
+func (c *client) request(ctx context.Context, op call) (*http.Request, error) {
+	var body io.Reader
+	if op.in != nil {
+		raw, _ := json.Marshal(op.in) // strings, numbers and lists can always be encoded
+		body = bytes.NewReader(raw)
+	}
+	req, err := http.NewRequestWithContext(ctx, op.method, c.config.APIEndpoint+op.path, body)
+	if err != nil {
+		return nil, err
+	}
+	if c.config.AdminAPIKey != "" { // the token endpoint takes none
+		req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
+		req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
+	}
+	req.Header.Set("User-Agent", strings.TrimSuffix("vault-plugin-secrets-openai/"+version, "/"))
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	return req, nil
+}
+
 // attempt makes one HTTP exchange in its lane.
 func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	if err := put(ctx, c.throttle.slots); err != nil {
@@ -429,24 +451,10 @@ func (c *client) attempt(ctx context.Context, l *lane, op call) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, attemptTimeout)
 	defer cancel()
 
-	var body io.Reader
-	if op.in != nil {
-		raw, _ := json.Marshal(op.in) // strings, numbers and lists can always be encoded
-		body = bytes.NewReader(raw)
-	}
-	req, err := http.NewRequestWithContext(ctx, op.method, c.config.APIEndpoint+op.path, body)
+	req, err := c.request(ctx, op)
 	if err != nil {
 		return &apiError{Message: "making the request failed", err: err}
 	}
-	if c.config.AdminAPIKey != "" { // the token endpoint takes none
-		req.Header.Set("Authorization", "Bearer "+c.config.AdminAPIKey)
-		req.Header.Set("OpenAI-Organization", c.config.OrganizationID)
-	}
-	req.Header.Set("User-Agent", strings.TrimSuffix("vault-plugin-secrets-openai/"+version, "/"))
-	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
-	}
-
 	sent := false // before there is a connection, through proxy and TLS, nothing is
 	var wrote atomic.Bool
 	trace := &httptrace.ClientTrace{
