@@ -3277,18 +3277,57 @@ func TestIdentityElsewhereMeanwhile(t *testing.T) {
 	})
 }
 
-// TestIdentityElsewhereLater: a provider that is gone is not made anew where config does not name the host of the
-// token endpoint any more.
+// TestIdentityElsewhereLater: a provider is neither changed, nor made anew when it is gone, where config does not name
+// the host of the token endpoint any more.
 func TestIdentityElsewhereLater(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {
 		e.configure(fields{"api_endpoint": "https://former.example/v1"})
 		e.OK("config/identity", fields{"token_endpoint": "https://former.example/token"})
 		e.configure(fields{"api_endpoint": defaultEndpoint})
-		e.OK("config/identity", nil)
+		e.Refused("config/identity", nil, "token_endpoint")
 		e.sim.Operate("DELETE", "/PROVIDER", nil)
 		e.Refused("config/identity", nil, "token_endpoint")
 		same(t, "providers", len(e.sim.Providers()), 0)
 	})
+}
+
+// TestIdentityElsewhereNamed: who may write config and config/identity, but does not know the admin key, has an endpoint
+// of his own say that the present provider is his: once config is as it was, OpenAI is given no key whose JWTs go to him.
+func TestIdentityElsewhereNamed(t *testing.T) {
+	for _, rotated := range []bool{false, true} {
+		inKeylessBubble(t, func(t *testing.T, e *env) {
+			real := e.sim.Providers()[0].ID
+			e.Wire.SetFault(func(req *http.Request, send vaultsim.Send) (*http.Response, error) {
+				if req.URL.Host != "thief.example" {
+					return send()
+				}
+				id := req.URL.Path[strings.LastIndex(req.URL.Path, "/")+1:]
+				if strings.HasSuffix(id, "providers") {
+					id = real
+				}
+				body := fmt.Sprintf(`{"id":%q,"redacted_value":"sk-a..thief","deleted":true,"data":[],`+
+					`"access_token":"t","token_type":"Bearer","expires_in":3600}`, id)
+				return &http.Response{StatusCode: 200, Body: io.NopCloser(strings.NewReader(body)), Request: req}, nil
+			})
+			before := e.sim.KeyIDs()
+			e.OK("config", fields{"admin_api_key": "sk-admin-thief", "admin_api_key_id": "key_thief",
+				"api_endpoint": "https://thief.example/v1"})
+			e.Must("delete config/identity", nil)
+			e.OK("config/identity", fields{"token_endpoint": "https://thief.example/token"})
+			if rotated {
+				e.OK("config/identity/rotate", nil)
+			}
+			e.configure(fields{"api_endpoint": defaultEndpoint})
+			if rotated { // the former key is taken off by a tick
+				e.Run(2 * time.Hour)
+			} else {
+				e.Fails("rotation", vaultsim.Failure(e.Write("config/identity/rotate", nil)), "token_endpoint")
+			}
+			same(t, "keys at OpenAI", e.sim.KeyIDs(), before)
+			e.Refused("config/identity", nil, "token_endpoint")
+			same(t, "keys at OpenAI", e.sim.KeyIDs(), before)
+		})
+	}
 }
 
 // TestIdentityFirstWrite: a first write that OpenAI refuses stores nothing. Where the answer is lost, the next write

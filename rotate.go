@@ -663,7 +663,8 @@ func (b *backend) useProvider(ctx context.Context, s logical.Storage, id *identi
 
 // saveProvider gives OpenAI the identity. Only on a write of the identity it makes the provider, unless there is one of
 // the id that is known or of this mount's name. It never turns one on: somebody may have turned it off to stop a thief.
-// The config that vouches for a new one is that of the call: another may have been there when the identity was stored.
+// The config that vouches for the identity is that of the call. Another may have been there when the identity was
+// stored, with an endpoint that told the id of somebody else's provider.
 func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *identity, write bool) error {
 	in := map[string]any{
 		"name": b.providerName(), "issuer": id.Issuer, "audience": id.Audience,
@@ -673,15 +674,12 @@ func (b *backend) saveProvider(ctx context.Context, s logical.Storage, id *ident
 	if !write && id.OrganizationID == "" {
 		return errOperator
 	}
-	err := b.useProvider(ctx, s, id, func(c *client) (err error) {
-		saved, known := "", id.ProviderID != ""
-		if known {
-			saved, err = c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
+	err := b.useProvider(ctx, s, id, func(c *client) error {
+		if !c.config.vouchesFor(id) {
+			return errNotVouched
 		}
-		if write && (!known || isNotFound(err)) {
-			if !c.config.vouchesFor(id) {
-				return errNotVouched
-			}
+		saved, err := c.saveFederated(ctx, provider, providersPath, id.ProviderID, in, fixed)
+		if write && isNotFound(err) {
 			saved, err = c.saveFederated(ctx, provider, providersPath, "", in, fixed)
 		}
 		if err == nil {
