@@ -41,6 +41,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/sdk/helper/consts"
+	"github.com/hashicorp/vault/sdk/helper/locksutil"
 	"github.com/hashicorp/vault/sdk/helper/testhelpers/schema"
 	"github.com/hashicorp/vault/sdk/logical"
 
@@ -978,6 +979,44 @@ func TestRoleWrittenMeanwhile(t *testing.T) {
 		r := e.Get("roles/new").Data
 		same(t, "role", fmt.Sprint(r["scopes"], " ", r["ttl"], " ", r["service_account_description"]), tt.want)
 	})
+}
+
+// TestRoleDeletedAtOnce: a role that is deleted hands out no more, whatever else is under way with it or with what
+// shares its lock.
+func TestRoleDeletedAtOnce(t *testing.T) {
+	locks, name := locksutil.CreateLocks(), ""
+	for i := 0; name == ""; i++ {
+		n := fmt.Sprint("r", i)
+		if locksutil.LockForKey(locks, rolePrefix+n) == locksutil.LockForKey(locks, staticPrefix+"gw") {
+			name = n
+		}
+	}
+	for _, write := range []string{"static-roles/gw", "roles/" + name} {
+		inBubble(t, func(t *testing.T, e *env) {
+			e.OK("roles/"+name, fields{"project_id": ours})
+			account := e.sim.AddServiceAccount(ours, "gateway", "member")
+			data := staticRoleOn(account, "1h")
+			if write != "static-roles/gw" {
+				data = fields{"ttl": "2h"}
+			}
+			gone := false
+			var second sync.WaitGroup
+			e.Wire.BeforeEach(func(n int, _ *http.Request) {
+				if n != 1 {
+					return
+				}
+				second.Go(func() { e.Must("delete roles/"+name, nil) })
+				for i := 0; i < 10_000 && !gone; i++ {
+					gone = e.Storage.All()[rolePrefix+name] == ""
+					runtime.Gosched()
+				}
+			})
+			e.OK(write, data)
+			second.Wait()
+			same(t, write+": deleted while that waits for OpenAI", gone, true)
+			same(t, "role in the end", e.Storage.All()[rolePrefix+name], "")
+		})
+	}
 }
 
 // TestRoleWritesAtOnce: of writes that come at once, each of its own field, none is lost.

@@ -489,17 +489,27 @@ func (b *backend) roleRead(ctx context.Context, req *logical.Request, d *fieldDa
 // roleDelete deletes the role, so that it hands out no more, and then its rule at OpenAI, which a role that is gone
 // already may have left there.
 func (b *backend) roleDelete(ctx context.Context, req *logical.Request, d *fieldData) (*logical.Response, error) {
-	name := d.Get("name").(string)
-	defer b.lock(rolePrefix + name).Unlock()
-	was, err := getRole(ctx, req.Storage, name)
-	if err == nil {
-		err = req.Storage.Delete(ctx, rolePrefix+name)
+	name, ofKeys := d.Get("name").(string), false
+	remove := func() error {
+		was, err := getRole(ctx, req.Storage, name)
+		if err == nil {
+			err = req.Storage.Delete(ctx, rolePrefix+name)
+		}
+		if err != nil {
+			return fmt.Errorf("deleting role %q: %w", name, err)
+		}
+		ofKeys = was != nil && was.CredentialType != accessToken || was == nil && ofKeys
+		return nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("deleting role %q: %w", name, err)
+	if err := remove(); err != nil { // at once: a lock may be held for as long as OpenAI takes
+		return nil, err
+	}
+	defer b.lock(rolePrefix + name).Unlock()
+	if err := remove(); err != nil { // what a write has stored that was under way
+		return nil, err
 	}
 	b.report(ctx, req, "role-delete", nil, "name", name)
-	if was != nil && was.CredentialType != accessToken {
+	if ofKeys {
 		return nil, nil
 	}
 	resp := &logical.Response{}
