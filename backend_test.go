@@ -2284,13 +2284,19 @@ func TestClientHugeKey(t *testing.T) {
 	huge := pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: der})
 	pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
 	failIf(t, err != nil, "reading a certificate: %v", err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
-	der, err = x509.CreateCertificate(nil, template, template, &rsa.PublicKey{N: n, E: 65537}, pair.PrivateKey)
-	failIf(t, err != nil, "making a certificate: %v", err)
-	authority := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	authority := func(bits int) string {
+		template := &x509.Certificate{SerialNumber: big.NewInt(1)}
+		n := new(big.Int).Rsh(n, uint(1<<20-bits))
+		der, err := x509.CreateCertificate(nil, template, template, &rsa.PublicKey{N: n, E: 65537}, pair.PrivateKey)
+		failIf(t, err != nil, "making a certificate: %v", err)
+		return vaultsim.PEM("CERTIFICATE", der)
+	}
+	_, err = (&config{CACertificate: authority(8192)}).tlsConfig()
+	failIf(t, err != nil, "an authority of 8192 bits: %v", err)
 	for name, cfg := range map[string]config{
 		"client_key":     {ClientCertificate: certificate, ClientKey: string(huge)},
-		"ca_certificate": {CACertificate: authority},
+		"ca_certificate": {CACertificate: authority(1 << 20)},
+		"authority":      {CACertificate: authority(8192) + authority(120_000)}, // 16 KiB, half a second each time
 	} {
 		start := time.Now()
 		_, err := cfg.tlsConfig()

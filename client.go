@@ -1066,9 +1066,13 @@ func (s *signer) exchange(ctx context.Context, subject, accountID string, ttl ti
 	return t, err
 }
 
-// maxKeySize bounds a certificate or key, in bytes: with an RSA key of a million bits Go computes for minutes, whatever
-// becomes of the request. One process serves all mounts.
-const maxKeySize = 16 << 10
+// maxKeySize bounds a certificate or key, in bytes, and maxKeyBits an authority's RSA key, as crypto/tls bounds those
+// that a server shows: with larger ones Go computes for minutes, whatever becomes of the request, since it may check a
+// hundred signatures. One process serves all mounts.
+const (
+	maxKeySize = 16 << 10
+	maxKeyBits = 8192
+)
 
 // tlsConfig returns the TLS settings of cfg; nil: those of the mount's own transport. Its error names the field.
 func (cfg *config) tlsConfig() (*tls.Config, error) {
@@ -1089,13 +1093,18 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 		}
 		count := 0
 		for block, rest := pem.Decode([]byte(cfg.CACertificate)); block != nil; block, rest = pem.Decode(rest) {
-			if certificate, err := x509.ParseCertificate(block.Bytes); err == nil && len(block.Bytes) <= maxKeySize {
+			certificate, err := x509.ParseCertificate(block.Bytes)
+			if err != nil || len(block.Bytes) > maxKeySize {
+				continue
+			}
+			if key, ok := certificate.PublicKey.(*rsa.PublicKey); !ok || key.N.BitLen() <= maxKeyBits {
 				settings.RootCAs.AddCert(certificate)
 				count++
 			}
 		}
 		if count == 0 || count != strings.Count(cfg.CACertificate, "-----BEGIN") {
-			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, each of at most %d bytes", maxKeySize)
+			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, each of at most %d bytes and, with RSA, "+
+				"a key of at most %d bits", maxKeySize, maxKeyBits)
 		}
 	}
 	if cfg.ClientCertificate != "" || cfg.ClientKey != "" {
