@@ -615,8 +615,12 @@ func listAll[T any](ctx context.Context, c *client, name, path string, query url
 		}
 		for _, raw := range page.Data {
 			var entry T
-			if json.Unmarshal(raw, &entry) != nil || size > maxFound {
+			if json.Unmarshal(raw, &entry) != nil {
 				return nil, time.Time{}, invalid(name)
+			}
+			if size > maxFound {
+				text := "the answers to " + name + " are larger than 32 MiB"
+				return nil, time.Time{}, &apiError{Status: http.StatusOK, Message: text}
 			}
 			if match(entry) {
 				found, size = append(found, entry), size+len(raw)
