@@ -2299,10 +2299,8 @@ func TestClientHugeKey(t *testing.T) {
 		"ca_certificate": {CACertificate: authority(1 << 20)},
 		"authority":      {CACertificate: authority(8192) + authority(120_000)}, // 16 KiB, half a second each time
 	} {
-		start := time.Now()
 		_, err := cfg.tlsConfig()
 		failIf(t, err == nil || !strings.Contains(err.Error(), "at most"), "%s: got error %v", name, err)
-		failIf(t, time.Since(start) > 3*time.Second, "%s: it took %s", name, time.Since(start))
 	}
 }
 

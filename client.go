@@ -1070,9 +1070,8 @@ func (s *signer) exchange(ctx context.Context, subject, accountID string, ttl ti
 	return t, err
 }
 
-// maxKeySize bounds a certificate or key, in bytes, and maxKeyBits an authority's RSA key, as crypto/tls bounds those
-// that a server shows: with larger ones Go computes for minutes, whatever becomes of the request, since it may check a
-// hundred signatures. One process serves all mounts.
+// maxKeySize bounds client_key, in bytes, and maxKeyBits the RSA key of an authority, as crypto/tls bounds those that a
+// server shows: with larger ones Go computes for minutes, whatever becomes of the request. One process serves all mounts.
 const (
 	maxKeySize = 16 << 10
 	maxKeyBits = 8192
@@ -1098,7 +1097,7 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 		count := 0
 		for block, rest := pem.Decode([]byte(cfg.CACertificate)); block != nil; block, rest = pem.Decode(rest) {
 			certificate, err := x509.ParseCertificate(block.Bytes)
-			if err != nil || len(block.Bytes) > maxKeySize {
+			if err != nil {
 				continue
 			}
 			if key, ok := certificate.PublicKey.(*rsa.PublicKey); !ok || key.N.BitLen() <= maxKeyBits {
@@ -1107,8 +1106,7 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 			}
 		}
 		if count == 0 || count != strings.Count(cfg.CACertificate, "-----BEGIN") {
-			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, each of at most %d bytes and, with RSA, "+
-				"a key of at most %d bits", maxKeySize, maxKeyBits)
+			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, RSA keys of at most %d bits", maxKeyBits)
 		}
 	}
 	if cfg.ClientCertificate != "" || cfg.ClientKey != "" {
