@@ -1006,7 +1006,7 @@ func TestRoleDeletedAtOnce(t *testing.T) {
 					return
 				}
 				second.Go(func() { e.Must("delete roles/"+name, nil) })
-				for i := 0; i < 10_000 && !gone; i++ {
+				for i := 0; i < 1_000_000 && !gone; i++ {
 					gone = e.Storage.All()[rolePrefix+name] == ""
 					runtime.Gosched()
 				}
