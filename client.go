@@ -1071,7 +1071,7 @@ func (s *signer) exchange(ctx context.Context, subject, accountID string, ttl ti
 }
 
 // maxKeySize bounds client_key, in bytes, and maxKeyBits the RSA key of an authority, as crypto/tls bounds those that a
-// server shows: with larger ones Go computes for minutes, whatever becomes of the request. One process serves all mounts.
+// server shows: with larger ones Go computes for minutes, also after the request. One process serves all mounts.
 const (
 	maxKeySize = 16 << 10
 	maxKeyBits = 8192
@@ -1106,7 +1106,7 @@ func (cfg *config) tlsConfig() (*tls.Config, error) {
 			}
 		}
 		if count == 0 || count != strings.Count(cfg.CACertificate, "-----BEGIN") {
-			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, RSA keys of at most %d bits", maxKeyBits)
+			return nil, fmt.Errorf("ca_certificate must be certificates in PEM, RSA keys up to %d bits", maxKeyBits)
 		}
 	}
 	if cfg.ClientCertificate != "" || cfg.ClientKey != "" {
