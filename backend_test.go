@@ -1019,6 +1019,15 @@ func TestRoleDeletedAtOnce(t *testing.T) {
 	}
 }
 
+// TestRoleDeleteAsksNobody: a role of API keys has no rule, and so its delete has nothing to ask OpenAI for.
+func TestRoleDeleteAsksNobody(t *testing.T) {
+	e := newConfiguredEnv(t)
+	e.sign()
+	e.Wire.Sent()
+	e.Warned("delete", e.Must("delete roles/web", nil), 0)
+	same(t, "calls", len(e.Wire.Sent()), 0)
+}
+
 // TestRoleWritesAtOnce: of writes that come at once, each of its own field, none is lost.
 func TestRoleWritesAtOnce(t *testing.T) {
 	inBubble(t, func(t *testing.T, e *env) {

@@ -247,8 +247,8 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 }
 
 // forgetElsewhere warns of what a change from was to cfg leaves behind in another organization, and takes off cfg the
-// ids of replaced keys there. Those that another endpoint told are forgotten too: it may have been that of somebody who
-// does not know the admin key, and has not got to decide what that deletes.
+// ids of keys to be deleted there. Those that another endpoint told are forgotten too: that may have been somebody's who
+// does not know the admin key, and has not got to decide what it deletes.
 func (b *backend) forgetElsewhere(resp *logical.Response, was, cfg *config) {
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
 		resp.AddWarning("organization_id has changed: until it is back, leases of the former one can't be revoked, " +
@@ -402,7 +402,7 @@ func (b *backend) warnOfKeys(resp *logical.Response, cfg *config) {
 			b.Logger().Warn(what + strings.Join(list, ", "))
 		}
 	}
-	warn("these replaced admin keys are still at OpenAI, delete them there: ", cfg.PendingDeletion)
+	warn("these admin keys are still at OpenAI, delete them there: ", cfg.PendingDeletion)
 	warn("a rotation began to make admin keys of these names, delete them if OpenAI has them: ", cfg.creatingNames())
 }
 

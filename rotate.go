@@ -229,7 +229,7 @@ func (b *backend) configRotate(ctx context.Context, req *logical.Request, _ *fie
 		"rotated_time":     formatTime(cfg.LastRotatedTime),
 	}}
 	if len(cfg.PendingDeletion) > 0 {
-		resp.AddWarning("the new key is in use, but these old ones could not be deleted yet and will be later: " +
+		resp.AddWarning("the new key is in use, but these could not be deleted yet and will be later: " +
 			strings.Join(cfg.PendingDeletion, ", "))
 	}
 	return resp, nil
