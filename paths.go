@@ -247,8 +247,8 @@ func (b *backend) configWrite(ctx context.Context, req *logical.Request, d *fiel
 }
 
 // forgetElsewhere warns of what a change from was to cfg leaves behind in another organization, and takes off cfg the
-// ids of keys to be deleted there. Those that another endpoint told are forgotten too: that may have been somebody's who
-// does not know the admin key, and has not got to decide what it deletes.
+// ids of keys to be deleted there. Those that another endpoint told are forgotten too: it may have been of somebody who
+// does not know the admin key, and has not got to decide what that deletes.
 func (b *backend) forgetElsewhere(resp *logical.Response, was, cfg *config) {
 	if was.OrganizationID != "" && cfg.OrganizationID != was.OrganizationID {
 		resp.AddWarning("organization_id has changed: until it is back, leases of the former one can't be revoked, " +
